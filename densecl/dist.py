@@ -12,7 +12,7 @@ import torch
 import torch.distributed as td
 from .files import UsageError
 
-# %% ../nbs/06_dist.ipynb #c003
+# %% ../nbs/06_dist.ipynb #c005
 def world():
     "How many processes train together; 1 without a process group."
     return td.get_world_size() if td.is_available() and td.is_initialized() else 1
@@ -21,7 +21,7 @@ def rank():
     "The number of this process among them, from 0."
     return td.get_rank() if world() > 1 else 0
 
-# %% ../nbs/06_dist.ipynb #c004
+# %% ../nbs/06_dist.ipynb #c008
 def start(
     device="auto",    # "auto", "cpu", "cuda"
     timeout=600,      # seconds until a rank that hangs ends the run
@@ -40,7 +40,7 @@ def stop():
     "Leave the process group, if there is one."
     if td.is_available() and td.is_initialized(): td.destroy_process_group()
 
-# %% ../nbs/06_dist.ipynb #c005
+# %% ../nbs/06_dist.ipynb #c011
 @torch.no_grad()
 def gather(
     x,  # B x ..., the same shape on every rank
@@ -52,7 +52,7 @@ def gather(
     td.all_gather(parts, x)
     return torch.cat(parts)
 
-# %% ../nbs/06_dist.ipynb #c006
+# %% ../nbs/06_dist.ipynb #c013
 @torch.no_grad()
 def mean(
     x,  # a tensor, one a rank
@@ -63,7 +63,7 @@ def mean(
     td.all_reduce(x)
     return x/world()
 
-# %% ../nbs/06_dist.ipynb #c007
+# %% ../nbs/06_dist.ipynb #c015
 @torch.no_grad()
 def broadcast_(
     tensors,  # changed in place
@@ -72,11 +72,11 @@ def broadcast_(
     if world() > 1:
         for t in tensors: td.broadcast(t, 0)
 
-# %% ../nbs/06_dist.ipynb #c008
+# %% ../nbs/06_dist.ipynb #c031
 class Shuffle:
     "ShuffleBN: the keys' batch is dealt out over the ranks in a random order, so that BN statistics cannot give the pairs away."
     def __init__(self,
-                 batch,   # pictures a rank
+                 batch,   # pictures a rank, B
                  device,  # of the pictures
     ):
         self.batch = batch
@@ -84,7 +84,11 @@ class Shuffle:
         self.perm = torch.randperm(world()*batch).to(device)
         td.broadcast(self.perm, 0)
 
-    def mine(self, order): return order[rank()*self.batch:(rank() + 1)*self.batch]
+    def mine(self,
+             order,  # (world B,), which picture each place gets
+    ):
+        "The places of this rank, B of them."
+        return order[rank()*self.batch:(rank() + 1)*self.batch]
 
     def deal(self,
              x,  # B x ..., this rank's pictures
