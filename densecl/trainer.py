@@ -19,7 +19,7 @@ from .augment import Recipe, TwoViews, seeded
 from .config import check, lr_at
 from .data import HELD_OUT, BadPicture, Batches, Tiles, open_source
 from .encoder import Encoder, build_backbone
-from .evaluate import batch_figure, match_probe, probe_views
+from .evaluate import batch_figure, match_figure, match_probe, probe_views
 from .files import RunError, UsageError
 from .match import true_match
 from .model import DenseCL, MoCo
@@ -240,7 +240,7 @@ def train(
 ):
     "Train a model and give it back; rank 0 writes the run folder config.out. The loop."
     device = prepare(config)
-    check(config, dist.world())
+    check(config, dist.world(), need_data=views is None)
     views = views or TwoViews(open_source(config.data_root), Recipe(size=config.image_size), config.seed)
     per_epoch = len(views)//config.batch_size
     if not per_epoch: raise UsageError(f"--batch-size {config.batch_size}: more than the {len(views)} pictures of the set; each step needs a whole batch")
@@ -303,9 +303,15 @@ def probe(
     state,  # `State`
     desk,   # `densecl.checkpoint.Desk`
 ):
-    "Matching on the held-out photograph, as a row of the metrics and a line to read."
+    "Matching on the held-out photograph: a row of the metrics, a line to read, and at the end a picture, before and after."
     if not desk.active: return
-    got = match_probe(state.model.encoder_q, probe_views(Tiles(HELD_OUT), state.config.image_size))
+    encoder, views = state.model.encoder_q, probe_views(Tiles(HELD_OUT), state.config.image_size)
+    got = match_probe(encoder, views)
     desk.note(dict(step=state.step, probe="match") | got)
     desk.say(f"step {state.step}, right matches on the held-out photograph, within one cell / of points that moved: "
              + ", ".join(f"{k} {v['near']:.3f}/{v['moved']:.3f}" for k, v in got.items()))
+    if state.step < desk.last: return
+    untrained = build_model(state.config).encoder_q.to(next(encoder.parameters()).device)        # the same seed: the network as it began
+    path = desk.folder/"matches"/"before_after.png"
+    match_figure({"before": untrained, "after": encoder}, views).savefig(path)
+    desk.say(f"look at {path}")
