@@ -82,9 +82,9 @@ COCO = Config(data_root="data/coco/train2017")                         # 118,287
 IMAGENET = Config(data_root="data/imagenet/train", epochs=200, lr=0.03)   # 1,281,167 // 256 = 5004 steps an epoch, 1,000,800 in 200
 
 presets = {
-    "demo": Config(data_root="photos", backbone="resnet18-layer3", epochs=40, batch_size=32, image_size=96, queue_len=512,
-                   momentum=0.99, lr=0.06, workers=1, log_every=20, save_every=200, probe="match",
-                   amp="bf16" if cpu_has_bf16() else "off", channels_last=True),
+    "demo": Config(data_root="photos", backbone="resnet18-layer3", epochs=75, batch_size=32, image_size=96, queue_len=256,
+                   momentum=0.99, lr=0.06, lambda_warmup=400, workers=1, log_every=20, save_every=200, probe="match",
+                   amp="bf16" if cpu_has_bf16() else "off", channels_last=True),   # 540 tiles // 32 = 16 steps an epoch, 1200 steps
     "mocov2-coco-800ep": replace(COCO, method="mocov2"),
     "densecl-coco-800ep": COCO,
     "densecl-coco-1600ep": replace(COCO, epochs=1600),                 # 1600 x 462 = 739,200 steps

@@ -8,8 +8,7 @@ __all__ = ['COLORS', 'load_picture', 'grids', 'best_pairs', 'figure', 'main']
 # %% ../nbs/19_show.ipynb #c002
 from pathlib import Path
 from . import viz
-from .files import UsageError, run_main
-from .train import Parser
+from .files import Parser, UsageError, run_main
 
 # %% ../nbs/19_show.ipynb #c005
 def load_picture(
