@@ -50,17 +50,19 @@ PARTS = {"step", "config", "model", "optimizer"}  # what every checkpoint of a r
 def load(
     path,  # a checkpoint written by `save`
 ):
-    "The state, on the CPU, without running code from the file; raises `UsageError` when it is no checkpoint of a run."
+    "The state, on the CPU, without running code from the file; raises `UsageError` when it is no checkpoint."
     try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError: raise UsageError(f"{path}: not there; give the path of a checkpoint such as runs/demo/last.pt") from None
+    except FileNotFoundError:
+        raise UsageError(f"{path}: not there; give the path of a checkpoint such as runs/demo/last.pt") from None
     except Exception as e: raise UsageError(f"{path}: not a checkpoint of this package ({type(e).__name__})") from e
     lacks = PARTS - set(state) if isinstance(state, dict) else PARTS
-    if lacks: raise UsageError(f"{path}: not a checkpoint of a run, it lacks {', '.join(sorted(lacks))}; give a file such as runs/demo/last.pt")
-    return state
+    if not lacks: return state
+    raise UsageError(f"{path}: not a checkpoint of a run, it lacks {', '.join(sorted(lacks))}; "
+                     "give a file such as runs/demo/last.pt")
 
 # %% ../nbs/11_checkpoint.ipynb #c025
-MAY_CHANGE = {"out", "max_steps", "save_every", "log_every", "keep", "workers", "threads", "resume", "dry_run", "device",
-              "probe", "probe_every", "on_bad_image", "bad_share"}   # these don't change what is computed
+MAY_CHANGE = {"out", "max_steps", "save_every", "log_every", "keep", "workers", "threads", "resume", "dry_run",
+              "device", "probe", "probe_every", "on_bad_image", "bad_share"}   # don't change what is computed
 
 def same_run(
     saved,   # a dict, the config in the checkpoint
@@ -68,9 +70,11 @@ def same_run(
 ):
     "Raise `UsageError` that names the fields in which the checkpoint's run differs."
     now = asdict(config)
-    other = [f"{k} {saved.get(k)} (now {now[k]})" for k in now if k not in MAY_CHANGE and saved.get(k) != now[k]]
+    differ = [k for k in now if k not in MAY_CHANGE and saved.get(k) != now[k]]
+    if not differ: return
     where = f"--out {config.out}" if config.resume in ("auto", "never") else f"--resume {config.resume}"
-    if other: raise UsageError(f"{where} holds another run: {', '.join(other)}; give another --out, the same options, or --resume never")
+    other = ", ".join(f"{k} {saved.get(k)} (now {now[k]})" for k in differ)
+    raise UsageError(f"{where} holds another run: {other}; give another --out, the same options, or --resume never")
 
 # %% ../nbs/11_checkpoint.ipynb #c028
 def row_of(
@@ -87,13 +91,14 @@ class RunLog:
     "metrics.jsonl and TensorBoard events of a run; rank 0 only."
     def __init__(self,
                  folder,  # the run folder
-                 step=0,  # the run goes on from here: later rows are from before an interruption, and dropped; 0: all are
+                 step=0,  # the run goes on from here: later rows are dropped (0: all rows)
     ):
         from torch.utils.tensorboard import SummaryWriter
         self.path = Path(folder)/"metrics.jsonl"
         if self.path.exists():
             rows = [(l, row_of(l)) for l in self.path.read_text(errors="replace").splitlines(True)]
-            with atomic(self.path, "w") as f: f.writelines(l for l, row in rows if step and row and row["step"] <= step)
+            keep = [l for l, row in rows if step and row and row["step"] <= step]
+            with atomic(self.path, "w") as f: f.writelines(keep)
         self.events = SummaryWriter(str(Path(folder)/"events"), purge_step=step + 1 if step else 0)
 
     def row(self,
@@ -110,7 +115,7 @@ class RunLog:
 
 # %% ../nbs/11_checkpoint.ipynb #c039
 class Desk:
-    "What rank 0 writes during a run: progress line, rows, checkpoints, pictures. On the other ranks it does nothing."
+    "What rank 0 writes during a run: progress line, rows, checkpoints, pictures; on other ranks nothing."
     def __init__(self,
                  folder,  # the run folder; made if it is not there
                  last,    # steps of the run
@@ -122,7 +127,8 @@ class Desk:
         self.stack = ExitStack()
         if not self.active: return self
         try: (self.folder/"matches").mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise UsageError(f"--out {self.folder}: {e.strerror}; give a folder that can be written") from None
+        except OSError as e:
+            raise UsageError(f"--out {self.folder}: {e.strerror}; give a folder that can be written") from None
         self.stack.enter_context(lock(self.folder))
         return self
 
@@ -136,7 +142,8 @@ class Desk:
         if not self.active: return
         with atomic(self.folder/"config.json", "w") as f: json.dump(config, f, indent=1)
         self.log = self.stack.enter_context(closing(RunLog(self.folder, step)))
-        self.bar = self.stack.enter_context(tqdm(total=self.last, initial=step, unit="step", dynamic_ncols=True))
+        bar = tqdm(total=self.last, initial=step, unit="step", dynamic_ncols=True)
+        self.bar = self.stack.enter_context(bar)
         if step: self.say(f"resumed at step {step}" + (", which was the last" if step >= self.last else ""))
 
     def say(self,

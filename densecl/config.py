@@ -30,7 +30,7 @@ class Config:
     queue_len: int = 65536           # K, negatives in each queue; about 1k-8k for a few thousand pictures
     momentum: float = 0.999          # m of the key encoder's moving average
     temperature: float = 0.2         # T of both losses
-    loss_lambda: float = 0.5         # weight of the dense loss (equation 4); 0 is MoCo-v2
+    loss_lambda: float = 0.5         # weight of the dense loss; 0 is MoCo-v2
     lambda_warmup: int = 0           # steps with lambda 0 at the start
     lr: float = 0.3                  # at the start; 0.3 on COCO, 0.03 on ImageNet, for 256 pictures a step
     sgd_momentum: float = 0.9        # of SGD

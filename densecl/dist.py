@@ -27,11 +27,12 @@ def start(
     device="auto",    # "auto", "cpu", "cuda"
     timeout=600,      # seconds until a rank that hangs ends the run
 ):
-    "Join the process group that torchrun describes (gloo on the CPU, nccl on CUDA), if it does; gives this process's device."
+    "Join the process group that torchrun describes, if any (gloo on the CPU, nccl on CUDA); gives the device."
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     local = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda" and local >= torch.cuda.device_count():
-        raise UsageError(f"--device cuda: process {local} finds {torch.cuda.device_count()} CUDA devices here; use --device cpu, or fewer processes")
+        raise UsageError(f"--device cuda: process {local} finds {torch.cuda.device_count()} CUDA devices here; "
+                         "use --device cpu, or fewer processes")
     if kind == "cuda": torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not td.is_initialized():
         td.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
@@ -44,7 +45,7 @@ def stop():
 # %% ../nbs/06_dist.ipynb #c011
 @contextmanager
 def together():
-    "Inside, processes work as one: when one of them ends, the others end with a `RunError` instead of a traceback. Leaves the group."
+    "Inside, when one process ends, the others end with a `RunError` instead of a traceback; leaves the group."
     try: yield
     except RuntimeError as e:
         if world() == 1 or not (isinstance(e, td.DistError) or "gloo" in str(e)): raise
@@ -85,7 +86,7 @@ def broadcast_(
 
 # %% ../nbs/06_dist.ipynb #c035
 class Shuffle:
-    "ShuffleBN: the keys' batch is dealt out over the ranks in a random order, so that BN statistics cannot give the pairs away."
+    "ShuffleBN: the keys' pictures are dealt out over the ranks at random, so that BN cannot give the pairs away."
     def __init__(self,
                  batch,   # pictures a rank, B
                  device,  # of the pictures

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 def init_backbone_(
     backbone,  # changed in place
 ):
-    "The authors' start: convolutions Kaiming normal over fan_in (torchvision's own is fan_out), BN weight 1 and bias 0."
+    "The authors' start: convolutions Kaiming normal over fan_in, BN weight 1 and bias 0."
     for m in backbone.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_in", nonlinearity="relu")
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_in", nonlinearity="relu")
         if isinstance(m, nn.BatchNorm2d):
             nn.init.ones_(m.weight)
             nn.init.zeros_(m.bias)
@@ -29,17 +30,18 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")  # strides 4, 8, 16, 32
 def build_backbone(
     name="resnet50",  # one of `BACKBONES`; a cut one ends in its last stage: "resnet18-layer3"
 ):
-    "A fresh ResNet without pooling and fc, and its channels: N x 3 x H x W -> N x C x H/32 x W/32 (H/16 when cut at layer3). Raises `ValueError`."
-    import torchvision                                         # here, not above: it loads PIL, and the model shall not need pictures
+    "A fresh ResNet N x 3 x H x W -> N x C x h x w, without pooling and fc, and C; raises `ValueError`."
+    import torchvision          # here, not above: it loads PIL, and the model shall not need pictures
     base, dash, last = name.partition("-")
     last = last if dash else STAGES[-1]
     if base not in BACKBONES or last not in STAGES:
-        raise ValueError(f"no backbone {name!r}; there are {', '.join(BACKBONES)}, each also cut after a stage, as in resnet18-layer3")
+        raise ValueError(f"no backbone {name!r}; there are {', '.join(BACKBONES)}, "
+                         "each also cut after a stage, as in resnet18-layer3")
     net, depth = getattr(torchvision.models, base)(), STAGES.index(last)
     keep = ("conv1", "bn1", "relu", "maxpool") + STAGES[:depth + 1]
-    backbone = nn.Sequential(OrderedDict((k, getattr(net, k)) for k in keep))  # torchvision's names, no prefix
+    backbone = nn.Sequential(OrderedDict((k, getattr(net, k)) for k in keep))  # torchvision's names
     init_backbone_(backbone)
-    return backbone, 64*2**depth*net.layer1[0].expansion                       # 64 channels, doubled by each stage; bottlenecks have 4 times as many
+    return backbone, 64*2**depth*net.layer1[0].expansion       # doubled by each stage; bottlenecks: times 4
 
 # %% ../nbs/04_encoder.ipynb #c033
 def unit(
@@ -51,7 +53,7 @@ def unit(
 # %% ../nbs/04_encoder.ipynb #c035
 class Encoding(NamedTuple):
     "What an encoder says of N pictures; every vector has length 1, in float32."
-    f: Tensor            # N x C x h x w, backbone features, without gradient: what is matched (section 3.3)
+    f: Tensor            # N x C x h x w, backbone features, without gradient: what is matched
     q: Tensor            # N x dim, the picture's vector
     r: Tensor = None     # N x dim x h x w, a vector a position
     s: Tensor = None     # N x dim, mean of the un-normalised r: what enters the dense queue
@@ -60,7 +62,7 @@ class Encoding(NamedTuple):
 class Encoder(nn.Module):
     "Backbone, global head and dense head (figure 2 of the paper)."
     def __init__(self,
-                 backbone,    # any module, N x 3 x H x W -> N x channels x h x w; never re-initialised here
+                 backbone,    # any module N x 3 x H x W -> N x channels x h x w; used as it is
                  channels,    # of its output
                  hidden=2048, # width of both heads' hidden layer
                  dim=128,     # of the vectors
@@ -70,10 +72,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, self.grid, self.dim = backbone, grid, dim
         self.global_head = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, dim))
-        for m in self.global_head[::2]:                               # the 1 x 1 convolutions keep PyTorch's own start
+        for m in self.global_head[::2]:              # the 1 x 1 convolutions keep PyTorch's own start
             nn.init.kaiming_normal_(m.weight, mode="fan_in", nonlinearity="relu")
             nn.init.zeros_(m.bias)
-        self.dense_head = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, dim, 1)) if dense else None
+        self.dense_head = None
+        if dense:
+            self.dense_head = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, dim, 1))
 
     def forward(self,
                 x,  # N x 3 x H x W, normalised pictures

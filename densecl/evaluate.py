@@ -34,7 +34,8 @@ def encode(
     encoder.eval()
     got = [encoder(x.to(device)) for x in images.split(32)]
     encoder.train(was)
-    return torch.cat([e.f for e in got]).cpu(), None if got[0].r is None else torch.cat([e.r for e in got]).cpu()
+    r = None if got[0].r is None else torch.cat([e.r for e in got]).cpu()
+    return torch.cat([e.f for e in got]).cpu(), r
 
 # %% ../nbs/13_evaluate.ipynb #c012
 def score(
@@ -42,11 +43,12 @@ def score(
     truth,  # V x hw, -1 where there is none
     w,      # columns of the grid
 ):
-    "A dict of shares of right matches: exact; near: within one cell; moved: within one cell, counting only points that moved by more."
+    "Shares of right matches, a dict: exact; near: within a cell; moved: near, of points that moved by more."
     same = torch.arange(truth.shape[1]).expand_as(truth)
     far = (same % w - truth % w)**2 + (same//w - truth//w)**2 > 1
     moved = torch.where(far, truth, -1)
-    return dict(exact=float(match_accuracy(match, truth, w)), near=float(match_accuracy(match, truth, w, 1)),
+    return dict(exact=float(match_accuracy(match, truth, w)),
+                near=float(match_accuracy(match, truth, w, 1)),
                 moved=float(match_accuracy(match, moved, w, 1)))
 
 # %% ../nbs/13_evaluate.ipynb #c014
@@ -68,15 +70,16 @@ def match_probe(
 def match_figure(
     encoders,  # name -> `Encoder`: a column each
     batch,     # of `probe_views`
-    rows=4,    # pairs to draw: the first in which most cells are seen in both views, and most points moved
+    rows=4,    # pairs to draw: an even choice of those in which most cells are seen in both views and moved
 ):
-    "Pairs of views with each network's matches by backbone features: green within one cell of the truth, red not."
+    "Pairs of views with each network's matches by backbone features: green within a cell of the truth."
     fs = {n: [encode(e, batch[k])[0] for k in ("im_q", "im_k")] for n, e in encoders.items()}
     h, w = next(iter(fs.values()))[0].shape[2:]
     truth, points = true_match(batch["affine_q"], batch["affine_k"], h, w), centres(h, w)
     same = torch.arange(h*w)
     moved = (truth >= 0) & ((same//w - truth//w)**2 + (same % w - truth % w)**2 > 1)          # V x hw
-    chosen = (moved.float().mean(1) >= .5).nonzero()[:rows, 0].tolist()
+    fit = (moved.float().mean(1) >= .5).nonzero()[:, 0]
+    chosen = fit[torch.linspace(0, len(fit) - 1, min(rows, len(fit))).round().long()].tolist()
     fig, axes = viz.panels(len(chosen)*len(fs), len(fs), size=2.6, aspect=2.05)
     for ax, (i, name) in zip(axes, [(i, n) for i in chosen for n in fs]):
         match, pick = best_match(*(f[i:i+1] for f in fs[name]))[0], truth[i] >= 0
@@ -100,5 +103,6 @@ def batch_figure(
     for i, ax in enumerate(axes):
         pick = torch.arange(h*w) if truth is None else (truth[i] >= 0).nonzero()[:, 0]
         a, b = denormalise(batch["im_q"][i]), denormalise(batch["im_k"][i])
-        viz.draw_matches(ax, a, b, points[pick], points[match[i, pick]], None if truth is None else match[i, pick] == truth[i, pick])
+        right = None if truth is None else match[i, pick] == truth[i, pick]
+        viz.draw_matches(ax, a, b, points[pick], points[match[i, pick]], right)
     return fig

@@ -50,11 +50,12 @@ def run_main(
     main,       # the command: takes the list of arguments, raises `UsageError` for wrong input
     argv=None,  # arguments without the program's name; None: those of the process
 ):
-    "Run a command: a `UsageError` becomes one line on stderr and exit status 2; a `RunError` 1, said by whichever rank it met."
+    "Run a command; a `UsageError` becomes one line on stderr and exit status 2, a `RunError` status 1."
     try: main(sys.argv[1:] if argv is None else argv)
     except UsageError as e:
-        mine = isinstance(e, RunError) or os.environ.get("RANK", "0") == "0"   # a mistake is the same on all ranks: one says it
-        start = "\n" if os.environ.get("RANK", "0") != "0" else ""             # rank 0 may stand in the middle of a progress line
+        first = os.environ.get("RANK", "0") == "0"
+        mine = isinstance(e, RunError) or first  # a mistake is the same on all ranks: one says it
+        start = "" if first else "\n"            # rank 0 may stand in the middle of a progress line
         if mine and str(e): print(f"{start}densecl: {e}", file=sys.stderr)
         sys.exit(1 if isinstance(e, RunError) else 2)
 
@@ -64,7 +65,7 @@ def nearest(
     known,  # what exists
 ):
     "A guess at what was meant, as the end of a sentence; empty when nothing is near."
-    bare = {k.strip("-"): k for k in known}                               # the dashes would make all options alike
+    bare = {k.strip("-"): k for k in known}                  # the dashes would make all options alike
     found = difflib.get_close_matches(word.strip("-"), bare, n=1, cutoff=.6)
     return f"; did you mean {bare[found[0]]}?" if found else ""
 
@@ -97,5 +98,6 @@ def lock(
     with open(Path(folder)/".lock", "a") as f:
         try: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as e:
-            raise UsageError(f"{folder}: another run is writing here; wait for it or give another --out") from e
+            text = f"{folder}: another run is writing here; wait for it or give another --out"
+            raise UsageError(text) from e
         yield

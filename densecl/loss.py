@@ -20,7 +20,7 @@ class Queue(nn.Module):
                  length,  # K
     ):
         super().__init__()
-        self.register_buffer("keys", F.normalize(torch.randn(dim, length), dim=0))  # dim x K, unit vectors
+        self.register_buffer("keys", F.normalize(torch.randn(dim, length), dim=0))  # dim x K
         self.register_buffer("ptr", torch.zeros(1, dtype=torch.long))               # where the next key goes
 
     @torch.no_grad()
@@ -29,7 +29,7 @@ class Queue(nn.Module):
     ):
         "Overwrite the oldest keys; wraps round, and of more than K keys the last K stay."
         k, length = dist.gather(k), self.keys.shape[1]                              # (world B) x dim
-        at = (self.ptr + torch.arange(len(k), device=k.device)) % length            # the slots of the new keys
+        at = (self.ptr + torch.arange(len(k), device=k.device)) % length   # the slots of the new keys
         self.keys.index_copy_(1, at[-length:], k[-length:].T.to(self.keys.dtype))
         self.ptr.copy_((self.ptr + len(k)) % length)
 
@@ -42,34 +42,36 @@ def readable_nce(
 ):
     "InfoNCE as the paper writes it; holds all M x (1 + K) logits."
     pos = (q*k_pos).sum(1, keepdim=True)                                 # M x 1
-    neg = q @ queue.clone()                                              # M x K; a copy, since the queue moves on before backward
+    neg = q @ queue.clone()                  # M x K; a copy, since the queue moves on before backward
     logits = torch.cat([pos, neg], 1)/temperature                        # M x (1 + K)
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
-# %% ../nbs/07_loss.ipynb #c037
+# %% ../nbs/07_loss.ipynb #c039
 class ChunkedNCE(torch.autograd.Function):
-    "InfoNCE in one walk over the queue: a running log-sum-exp, and the gradient of q made on the way. Never M x K logits."
+    "InfoNCE in one walk over the queue: a running log-sum-exp, the gradient of q made on the way."
     @staticmethod
     def forward(ctx, q, k_pos, queue, temperature, chunk):
         scaled, pos = q/temperature, (q*k_pos).sum(1)/temperature        # M x dim, M
-        top, total, grad = torch.full_like(pos, -torch.inf), torch.zeros_like(pos), torch.zeros_like(q)  # m, s, g: M, M, M x dim
+        top, total = torch.full_like(pos, -torch.inf), torch.zeros_like(pos)     # m, s: M each
+        grad = torch.zeros_like(q)                                       # g: M x dim
         for keys in queue.split(chunk, dim=1):                           # dim x chunk
             logits = scaled @ keys                                       # M x chunk
             new = torch.maximum(top, logits.amax(1))
             shrink = (top - new).exp_()                                  # old units to new ones
-            p = logits.sub_(new[:, None]).exp_()                         # in place: one M x chunk tensor at a time
+            p = logits.sub_(new[:, None]).exp_()            # in place: one M x chunk tensor at a time
             total.mul_(shrink).add_(p.sum(1))
             grad.mul_(shrink[:, None]).addmm_(p, keys.T)
             top = new
-        x = top - pos + total.log()                                      # M, strangers' log-sum-exp against the positive
-        ctx.save_for_backward((grad/total[:, None] - k_pos)*x.sigmoid()[:, None]/(temperature*len(q)))  # d loss / d q
+        x = top - pos + total.log()                   # M, strangers' log-sum-exp against the positive
+        grad = (grad/total[:, None] - k_pos)*x.sigmoid()[:, None]        # M x dim, T times the slope of each loss
+        ctx.save_for_backward(grad/(temperature*len(q)))                 # d loss / d q
         return F.softplus(x).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g): return g*ctx.saved_tensors[0], None, None, None, None
 
-# %% ../nbs/07_loss.ipynb #c039
+# %% ../nbs/07_loss.ipynb #c041
 def info_nce(
     q,            # M x dim, unit vectors
     k_pos,        # M x dim, each query's positive, unit vectors; gets no gradient
@@ -77,7 +79,7 @@ def info_nce(
     temperature,  # T; 0.2 in the paper
     chunk=None,   # keys a chunk; None: the readable reference, which holds all M x K logits
 ):
-    "Mean over the queries of -log softmax of the positive among 1 + K (equations 1 and 2), in float32 at least."
+    "Mean over the queries of -log softmax of the positive among 1 + K (equations 1, 2), in float32 at least."
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k_pos, queue = q.to(wide), k_pos.detach().to(wide), queue.detach().to(wide)
     with torch.autocast(q.device.type, enabled=False):

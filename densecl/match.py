@@ -15,7 +15,8 @@ def similarity(
     b,  # N x C x h' x w'
 ):
     "Cosine of every position of `a` with every position of `b`: N x hw x h'w', row-major."
-    a, b = F.normalize(a.flatten(2), dim=1), F.normalize(b.flatten(2), dim=1)  # N x C x hw, N x C x h'w'
+    a = F.normalize(a.flatten(2), dim=1)                                       # N x C x hw
+    b = F.normalize(b.flatten(2), dim=1)                                       # N x C x h'w'
     return a.transpose(1, 2) @ b                                               # N x hw x h'w'
 
 # %% ../nbs/05_match.ipynb #c012
@@ -24,7 +25,7 @@ def best_match(
     f_q,  # N x C x h x w, backbone features of the query view
     f_k,  # N x C x h' x w', of the key view
 ):
-    "c_i = argmax_j cos(f_q[i], f_k[j]) (equation 3): N x hw int64, a row-major index into the key grid."
+    "c_i = argmax_j cos(f_q[i], f_k[j]): N x hw int64, a row-major index into the key grid."
     return similarity(f_q, f_k).argmax(2)
 
 # %% ../nbs/05_match.ipynb #c016
@@ -65,7 +66,7 @@ def true_match(
     affine_k,  # N x 2 x 3, of the key view
     h, w,      # the grid of both
 ):
-    "The key cell that holds the same point of the picture as each query cell's middle: N x hw int64, -1 where the key view does not show it."
+    "The key cell that shows the point in each query cell's middle: N x hw int64, -1 where none does."
     p = to_view(to_picture(centres(h, w, affine_q.device), affine_q), affine_k)   # N x hw x 2
     col, row = (p[..., 0]*w).floor().long(), (p[..., 1]*h).floor().long()
     inside = (col >= 0) & (col < w) & (row >= 0) & (row < h)
@@ -76,10 +77,10 @@ def match_accuracy(
     match,     # N x hw int64, key positions
     truth,     # N x hw int64, -1 where there is none
     w,         # columns of the key grid
-    within=0,  # how many cells a match may be off (straight distance; 1: the cell and its four neighbours)
+    within=0,  # how many cells a match may be off; 1: the cell and its four neighbours
 ):
     "Share of right matches among the positions that have one (a 0-dim tensor; NaN when none has)."
-    off = (match % w - truth % w)**2 + (match//w - truth//w)**2           # N x hw, squared distance in cells
+    off = (match % w - truth % w)**2 + (match//w - truth//w)**2    # N x hw, squared distance in cells
     seen = truth >= 0
     return ((off <= within**2) & seen).sum()/seen.sum()
 

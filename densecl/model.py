@@ -21,7 +21,7 @@ def ema_(
     fast,  # a module with the same parameters
     m,     # how much of `slow` stays
 ):
-    "slow = m slow + (1 - m) fast, over parameters only: BN's running statistics are each encoder's own."
+    "slow = m slow + (1 - m) fast, parameters only: BN's running statistics are each encoder's own."
     torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - m)
 
 # %% ../nbs/08_model.ipynb #c011
@@ -96,12 +96,12 @@ class DenseCL(MoCo):
              q, k,  # `Encoding`s of the two views
     ):
         "The ten lines."
-        match = best_match(q.f, k.f)                                            # N x hw
-        r_q, r_k = rows(q.r), rows(take(k.r, match))                            # (N hw) x dim
+        match = best_match(q.f, k.f)                                        # N x hw
+        r_q, r_k = rows(q.r), rows(take(k.r, match))                        # (N hw) x dim
         loss_global = self.nce(q.q, k.q, self.queue)
         loss_dense = self.nce(r_q, r_k, self.queue2)
         loss = (1 - self.loss_lambda)*loss_global + self.loss_lambda*loss_dense
-        self.queue.push(k.q)                                                    # one vector a picture ...
-        self.queue2.push(k.s)                                                   # ... in both queues
+        self.queue.push(k.q)                                                # one vector a picture ...
+        self.queue2.push(k.s)                                               # ... in both queues
         return dict(loss=loss, loss_global=loss_global.detach(), loss_dense=loss_dense.detach(),
                     match=match, grid=tuple(k.f.shape[2:]), q=q.q.detach(), k=k.q)

@@ -15,13 +15,15 @@ def load_picture(
     path,  # of a picture file
     short, # length of the short side in pixels, rounded to a multiple of 32
 ):
-    "The picture in RGB (Pillow), both sides multiples of 32; raises `UsageError` when it is not there or not a picture."
+    "The picture in RGB (Pillow), both sides multiples of 32; raises `UsageError` when there is no picture."
     from densecl.data import BadPicture, decode
     try: image = decode(Path(path).read_bytes(), path)
-    except OSError as e: raise UsageError(f"--images {path}: {e.strerror or e}; give two picture files") from None
+    except OSError as e:
+        raise UsageError(f"--images {path}: {e.strerror or e}; give two picture files") from None
     except BadPicture as e: raise UsageError(f"--images {e}; give two picture files") from None
     scale = short/min(image.size)
-    return image.resize([max(32, round(side*scale/32)*32) for side in image.size], 2)   # 2: bilinear, antialiased
+    sides = [max(32, round(side*scale/32)*32) for side in image.size]
+    return image.resize(sides, 2)                                         # 2: bilinear, antialiased
 
 # %% ../nbs/19_show.ipynb #c008
 def grids(
@@ -29,10 +31,11 @@ def grids(
     images,               # Pillow pictures, each with its own size
     features="backbone",  # or "dense"
 ):
-    "The unit vectors of each picture's grid: a list of 1 x C x h x w; raises `UsageError` without a dense head."
+    "Unit vectors of each picture's grid: a list of 1 x C x h x w; raises `UsageError` without a dense head."
     import torch
     from densecl.augment import normalise
-    if features == "dense" and encoder.dense_head is None: raise UsageError("--features dense: these weights have no dense head (MoCo-v2); use --features backbone")
+    if features == "dense" and encoder.dense_head is None:
+        raise UsageError("--features dense: these weights have no dense head (MoCo-v2); use --features backbone")
     with torch.no_grad(): out = [encoder(normalise(im)[None]) for im in images]
     return [e.r if features == "dense" else e.f for e in out]
 
@@ -64,7 +67,8 @@ def figure(
     from densecl.match import centres, similarity
     f_a, f_b = grids(encoder, [a, b], features)
     (h, w), (h2, w2), (a, b) = f_a.shape[2:], f_b.shape[2:], (np.array(a), np.array(b))
-    tall = 4.4*max(a.shape[0]/a.shape[1], b.shape[0]/b.shape[1]), 9/(len(points) + 1)*b.shape[0]/b.shape[1] + .3    # inches
+    flat_a, flat_b = (im.shape[0]/im.shape[1] for im in (a, b))           # height / width
+    tall = 4.4*max(flat_a, flat_b), 9/(len(points) + 1)*flat_b + .3       # of the two rows, in inches
     fig = viz.Figure(figsize=(9, sum(tall)), dpi=72, layout="constrained")
     rows = fig.subfigures(2, 1, height_ratios=tall)
     at_a, at_b = best_pairs(f_a, f_b, n)
@@ -89,13 +93,15 @@ def main(
     p.add_argument("--weights", required=True, help="last.pt, or a numbered checkpoint, of a run")
     p.add_argument("--images", required=True, nargs=2, metavar=("A", "B"), help="two picture files")
     p.add_argument("--out", default="matches.png", help="the picture to write (.png, .jpg, .pdf)")
-    p.add_argument("--size", type=int, default=320, help="short side of the pictures in pixels, as the network sees them")
+    p.add_argument("--size", type=int, default=320, help="short side in pixels, as the network sees the pictures")
     p.add_argument("--features", choices=("backbone", "dense"), default="backbone", help="what is compared")
     p.add_argument("--lines", type=int, default=40, help="matches to draw, an even choice of the mutual ones")
     args = p.parse_args(argv)
+    out = Path(args.out)
     if not 32 <= args.size <= 4096: raise UsageError(f"--size {args.size}: must be between 32 and 4096 pixels")
-    if Path(args.out).suffix.lower() not in (".png", ".jpg", ".pdf"): raise UsageError(f"--out {args.out}: must end in .png, .jpg or .pdf")
-    if not Path(args.out).absolute().parent.is_dir(): raise UsageError(f"--out {args.out}: its folder is not there")
+    if out.suffix.lower() not in (".png", ".jpg", ".pdf"):
+        raise UsageError(f"--out {args.out}: must end in .png, .jpg or .pdf")
+    if not out.absolute().parent.is_dir(): raise UsageError(f"--out {args.out}: its folder is not there")
     pictures = [load_picture(path, args.size) for path in args.images]
     from densecl.weights import load_encoder
     figure(load_encoder(args.weights), *pictures, args.features, args.lines).savefig(args.out, dpi=110)

@@ -6,7 +6,7 @@
 __all__ = ['option', 'reader', 'parser', 'preset_table', 'config_from', 'plan', 'main']
 
 # %% ../nbs/16_train.ipynb #c002
-import argparse, difflib, math, os, sys
+import argparse, math, os, sys
 from dataclasses import fields, replace
 from pathlib import Path
 from .config import KINDS, Config, cells, check, field_help, hints, lr_at, presets

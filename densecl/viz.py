@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 # %% ../nbs/01_viz.ipynb #c007
 def jpeg_figures():
-    "In a notebook: figures as JPEG from here on (photographs; PNG would be five times as large)."
+    "In a notebook: figures as JPEG from here on (photographs; PNG would be much larger)."
     from matplotlib_inline.backend_inline import set_matplotlib_formats
     set_matplotlib_formats("jpeg", pil_kwargs=dict(quality=85))
 
@@ -57,7 +57,7 @@ def show_images(
 def draw_boxes(
     ax,        # matplotlib axes that show the picture
     boxes,     # (x, y, width, height) in pixels, from the picture's corner
-    colors=("#ff7f0e", "#1f77b4", "#2ca02c", "#e377c2"),  # orange, blue, green, pink; then from the start again
+    colors=("#ff7f0e", "#1f77b4", "#2ca02c", "#e377c2"),  # orange, blue, green, pink; then again
 ):
     "The outlines of boxes over a picture."
     for (x, y, w, h), c in zip(boxes, cycle(colors)):
@@ -91,8 +91,10 @@ def draw_matches(
     ax.set_axis_off()
     (ha, wa), (hb, wb) = a.shape[:2], b.shape[:2]
     for i, ((xa, ya), (xb, yb)) in enumerate(zip(np.asarray(at_a), np.asarray(at_b))):
-        color = to_hex(colormaps["turbo"]((i + .5)/len(at_a))) if right is None else GOOD if right[i] else BAD
-        ax.plot([xa*wa - .5, start + xb*wb - .5], [ya*ha - .5, yb*hb - .5], "-o", color=color, lw=1, ms=3, alpha=.85)
+        if right is None: color = to_hex(colormaps["turbo"]((i + .5)/len(at_a)))
+        else: color = GOOD if right[i] else BAD
+        x, y = [xa*wa - .5, start + xb*wb - .5], [ya*ha - .5, yb*hb - .5]
+        ax.plot(x, y, "-o", color=color, lw=1, ms=3, alpha=.85)
 
 # %% ../nbs/01_viz.ipynb #c038
 def draw_similarity(
@@ -100,10 +102,11 @@ def draw_similarity(
     image,  # H x W x 3
     sim,    # h x w, similarities of one point with every cell
 ):
-    "A heat map over a picture, its best cell marked. Colours run from the map's own lowest to its highest value."
+    "A heat map over a picture, its best cell ringed; colours run from the map's own lowest to its highest."
     (H, W), (h, w) = image.shape[:2], sim.shape
     ax.imshow(image)
-    ax.imshow(sim, extent=(-.5, W - .5, H - .5, -.5), cmap="inferno", alpha=.6, interpolation="bilinear")
+    whole = (-.5, W - .5, H - .5, -.5)                                # left, right, bottom, top
+    ax.imshow(sim, extent=whole, cmap="inferno", alpha=.6, interpolation="bilinear")
     row, col = np.unravel_index(np.argmax(sim), sim.shape)
     ax.plot((col + .5)*W/w - .5, (row + .5)*H/h - .5, "o", mfc="none", mec="white", ms=10, mew=2)
     ax.set_axis_off()

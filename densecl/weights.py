@@ -11,7 +11,7 @@ from .encoder import Encoder, build_backbone
 from .files import UsageError
 
 # %% ../nbs/10_weights.ipynb #c005
-OFFICIAL = {".backbone.": ".0.", ".global_head.": ".1.mlp.", ".dense_head.": ".1.mlp2."}  # ours: the authors'
+OFFICIAL = {".backbone.": ".0.", ".global_head.": ".1.mlp.", ".dense_head.": ".1.mlp2."}  # ours: theirs
 
 def official_name(
     name,  # of a tensor in our state dict
@@ -25,26 +25,28 @@ def official_name(
 def official_state_dict(
     model,  # `MoCo` or `DenseCL`
 ):
-    "The model's tensors under the authors' names: live (no copies; gradients come along), queues dim x K, `backbone.*` as aliases."
+    "The model's own tensors and gradients under the authors' names; queues dim x K, `backbone.*` as aliases."
     out = {}
     for name, t in model.state_dict(keep_vars=True).items():
         out[official_name(name)] = alias = t.detach()
         alias.grad = t.grad
-    return out | {k.replace("encoder_q.0.", "backbone.", 1): t for k, t in out.items() if k.startswith("encoder_q.0.")}
+    start = "encoder_q.0."
+    return out | {k.replace(start, "backbone.", 1): t for k, t in out.items() if k.startswith(start)}
 
 # %% ../nbs/10_weights.ipynb #c014
 def load_official(
     model,       # `MoCo` or `DenseCL`, changed in place
     state_dict,  # of the authors' full checkpoint, by name; the `backbone.*` aliases may be absent
 ):
-    "Load it, strictly: raises `ValueError` that lists what does not fit. The key encoder is taken as given."
+    "Load it strictly, the key encoder as given; raises `ValueError` that lists what does not fit."
     mine = official_state_dict(model)
     need = {k for k in mine if not k.startswith("backbone.")}
     missing, extra = sorted(need - set(state_dict)), sorted(set(state_dict) - set(mine))
-    wrong = [f"{k} {list(state_dict[k].shape)} for {list(mine[k].shape)}" for k in sorted(need & set(state_dict))
-             if state_dict[k].shape != mine[k].shape]
+    wrong = [f"{k} {list(state_dict[k].shape)} for {list(mine[k].shape)}"
+             for k in sorted(need & set(state_dict)) if state_dict[k].shape != mine[k].shape]
     for what, names in (("missing", missing), ("not in the model", extra), ("of another shape", wrong)):
-        if names: raise ValueError(f"{len(names)} tensors {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
+        more = " ..." if len(names) > 8 else ""
+        if names: raise ValueError(f"{len(names)} tensors {what}: {', '.join(names[:8])}{more}")
     with torch.no_grad():
         for k in need: mine[k].copy_(state_dict[k])
 
@@ -52,13 +54,15 @@ def load_official(
 def load_encoder(
     path,  # last.pt or a numbered checkpoint of a run
 ):
-    "The query encoder of a run, in eval mode, on the CPU; raises `UsageError` when the file is something else."
+    "The query encoder of a run, in eval mode, on the CPU; raises `UsageError` when the file is no run's."
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)    # no code from the file is run
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # no code from the file is run
         c, tensors = saved["config"], saved["model"]
         backbone, channels = build_backbone(c["backbone"])
-        encoder = Encoder(backbone, channels, c["hidden"], c["dim"], c["grid"] or None, dense=c["method"] == "densecl")
+        dense = c["method"] == "densecl"
+        encoder = Encoder(backbone, channels, c["hidden"], c["dim"], c["grid"] or None, dense)
         encoder.load_state_dict({k[10:]: v for k, v in tensors.items() if k.startswith("encoder_q.")})
     except FileNotFoundError: raise UsageError(f"--weights {path}: not there; give a run's last.pt") from None
-    except Exception as e: raise UsageError(f"--weights {path}: not a checkpoint of a run here ({type(e).__name__}); give a run's last.pt") from e
+    except Exception as e:
+        raise UsageError(f"--weights {path}: not a checkpoint of a run here ({type(e).__name__}); give a run's last.pt") from e
     return encoder.eval()
