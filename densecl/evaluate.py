@@ -70,9 +70,9 @@ def match_probe(
 def match_figure(
     encoders,  # name -> `Encoder`: a column each
     batch,     # of `probe_views`
-    rows=4,    # pairs to draw: an even choice of those in which most cells are seen in both views and moved
+    rows=6,    # pairs to draw: an even choice of those in which half of the points or more moved
 ):
-    "Pairs of views with each network's matches by backbone features: green within a cell of the truth."
+    "Each network's matches, by backbone features, of the points that moved: green within a cell of the truth."
     fs = {n: [encode(e, batch[k])[0] for k in ("im_q", "im_k")] for n, e in encoders.items()}
     h, w = next(iter(fs.values()))[0].shape[2:]
     truth, points = true_match(batch["affine_q"], batch["affine_k"], h, w), centres(h, w)
@@ -82,11 +82,12 @@ def match_figure(
     chosen = fit[torch.linspace(0, len(fit) - 1, min(rows, len(fit))).round().long()].tolist()
     fig, axes = viz.panels(len(chosen)*len(fs), len(fs), size=2.6, aspect=2.05)
     for ax, (i, name) in zip(axes, [(i, n) for i in chosen for n in fs]):
-        match, pick = best_match(*(f[i:i+1] for f in fs[name]))[0], truth[i] >= 0
+        match, pick = best_match(*(f[i:i+1] for f in fs[name]))[0], moved[i]
         off = (match//w - truth[i]//w)**2 + (match % w - truth[i] % w)**2
         a, b = denormalise(batch["im_q"][i]), denormalise(batch["im_k"][i])
-        viz.draw_matches(ax, a, b, points[pick], points[match[pick]], right=(off <= 1)[pick])
-        ax.set_title(f"{name}: {int((off <= 1)[pick].sum())} of {int(pick.sum())} right", fontsize=10)
+        right = (off <= 1)[pick]
+        viz.draw_matches(ax, a, b, points[pick], points[match[pick]], right)
+        ax.set_title(f"{name}: {int(right.sum())} of {len(right)} right", fontsize=10)
     return fig
 
 # %% ../nbs/13_evaluate.ipynb #c024
