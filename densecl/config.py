@@ -16,7 +16,7 @@ from .files import UsageError
 @dataclass(frozen=True)
 class Config:
     "All of a run. A field's comment is its help on the command line."
-    data_root: str = ""              # folder of pictures (any depth), list file .txt, COCO .json, or "photos": the embedded ones
+    data_root: str = ""              # folder of pictures (any depth) or of .tar shards, list .txt, COCO .json, .lmdb, .tar, or "photos": the embedded ones
     out: str = ""                    # run folder; empty: runs/NAME OF THE PRESET
     method: str = "densecl"          # densecl, or mocov2: no dense head, no dense loss
     backbone: str = "resnet50"       # resnet18, 34, 50, 101; cut after a stage: resnet18-layer3
@@ -43,7 +43,7 @@ class Config:
     compile: bool = False            # torch.compile for the encoders
     channels_last: bool = False      # memory order of the convolutions
     loss: str = "chunked"            # chunked: never holds all logits; reference: the readable one
-    augment: str = "reference"       # reference: Pillow, as the authors
+    augment: str = "reference"       # reference: Pillow, as the authors; fast: OpenCV, equal to within rounding, several times faster
     log_every: int = 50              # steps between rows of metrics.jsonl
     save_every: int = 1000           # steps between checkpoints
     keep: int = 3                    # numbered checkpoints that stay
@@ -92,8 +92,9 @@ presets = {
     "densecl-imagenet-200ep": IMAGENET,
     "densecl-imagenet-r101-200ep": replace(IMAGENET, backbone="resnet101"),
 }
+presets |= {f"{name}-lmdb": replace(c, data_root=c.data_root + ".lmdb") for name, c in presets.items() if name != "demo"}
 
-# %% ../nbs/09_config.ipynb #c032
+# %% ../nbs/09_config.ipynb #c034
 def suggested_lr(
     config,  # `Config`
     preset,  # the `Config` whose lr and batch size belong together
@@ -101,7 +102,7 @@ def suggested_lr(
     "The linear rule: the learning rate goes with the total batch size."
     return preset.lr*config.batch_size/preset.batch_size
 
-# %% ../nbs/09_config.ipynb #c035
+# %% ../nbs/09_config.ipynb #c037
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 STRIDES = dict(layer1=4, layer2=8, layer3=16, layer4=32)   # pixels a cell of the grid after each stage
 
@@ -119,9 +120,9 @@ def cells(
     "Side of the backbone's own grid, in cells; every convolution rounds up."
     return -(-config.image_size//stride(config.backbone))
 
-# %% ../nbs/09_config.ipynb #c041
+# %% ../nbs/09_config.ipynb #c043
 CHOICES = dict(method=("densecl", "mocov2"), device=("auto", "cpu", "cuda"), amp=("off", "bf16", "fp16"), loss=("chunked", "reference"),
-               augment=("reference",), on_bad_image=("skip", "raise"), probe=("", "match"))
+               augment=("reference", "fast"), on_bad_image=("skip", "raise"), probe=("", "match"))
 POSITIVE = "epochs batch_size image_size hidden dim queue_len temperature lr log_every save_every keep".split()
 SHARE = "momentum sgd_momentum loss_lambda bad_share".split()
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
@@ -140,20 +141,20 @@ def complaint(
     if field.name == "seed" and v >= 2**32: return "must be below 2**32"
     return "must not be below 0" if v < 0 else ""
 
-# %% ../nbs/09_config.ipynb #c044
+# %% ../nbs/09_config.ipynb #c046
 def check_paths(
     config,          # `Config`
     need_data=True,  # False: the views come from elsewhere, and --data-root may be empty
 ):
     "Raise `UsageError` when a path cannot be right; looks at the disk and writes nothing."
     if need_data and not config.data_root:
-        raise UsageError("--data-root is empty; give a folder of pictures, a list .txt, a COCO .json, or photos (the embedded ones)")
+        raise UsageError("--data-root is empty; give a folder of pictures, a list .txt, a COCO .json, an .lmdb, .tar shards, or photos (the embedded ones)")
     if config.resume not in ("auto", "never") and not Path(config.resume).is_file():
         raise UsageError(f"--resume {config.resume}: no such file; choose auto, never, or a checkpoint such as runs/demo/last.pt")
     for p in (Path(config.out), *Path(config.out).parents):
         if p.exists() and not p.is_dir(): raise UsageError(f"--out {config.out}: {'it' if p == Path(config.out) else p} is a file; give a folder, new or of an earlier run")
 
-# %% ../nbs/09_config.ipynb #c046
+# %% ../nbs/09_config.ipynb #c048
 def check(
     config,           # `Config`
     world=1,          # processes that share the batch
@@ -173,7 +174,7 @@ def check(
                          f"try --image-size {2*pixels}, a backbone cut at an earlier stage, or --method mocov2")
     check_paths(config, need_data)
 
-# %% ../nbs/09_config.ipynb #c052
+# %% ../nbs/09_config.ipynb #c054
 def hints(
     config,    # `Config`
     preset,    # the `Config` that it came from

@@ -26,12 +26,22 @@ by_name = dict(ids=lambda p: p.stem)
 def cells(notebook): return json.loads(notebook.read_text())["cells"]
 
 
+def step(name):
+    """The step of the staircase that a notebook's name stands for: 03b_fast is (3, "b")."""
+    number, letter = re.match(r"(\d+)([a-z]?)_", name).groups()
+    return int(number), letter
+
+
+def test_a_letter_makes_a_step_of_its_own():
+    assert sorted(["03b_b", "10_d", "03_a", "04_c"], key=step) == ["03_a", "03b_b", "04_c", "10_d"]
+
+
 def numbers():
-    """Module -> number of the notebook that exports it."""
+    """Module -> (number, letter) of the notebook that exports it: 01_x comes before 01b_y, and that before 02_z."""
     found = {}
     for nb in NOTEBOOKS:
         for module in re.findall(r"^#\|\s*default_exp\s+(\w+)", "\n".join("".join(c["source"]) for c in cells(nb)), re.M):
-            found[module] = int(nb.stem.split("_")[0])
+            found[module] = step(nb.stem)
     return found
 
 
