@@ -36,25 +36,30 @@ def two_views(
     config,  # `Config`
 ):
     "The view pairs of config.data_root by the pipeline that config.augment names; raises `UsageError`."
-    if config.augment == "fast":
-        try: from densecl.fast import FastViews as kind
-        except ImportError as e: raise UsageError(f"--augment fast: {e}; pip install opencv-python-headless simplejpeg, or --augment reference") from None
-    else: kind = TwoViews
+    kind = TwoViews
+    try:
+        if config.augment == "fast": from densecl.fast import FastViews as kind
+        if config.augment == "device": from densecl.paint import Crops as kind
+    except ImportError as e:
+        raise UsageError(f"--augment {config.augment}: {e}; pip install opencv-python-headless simplejpeg, or --augment reference") from None
     return kind(open_source(config.data_root), Recipe(size=config.image_size), config.seed)
 
 # %% ../nbs/14b_feed.ipynb #c013
 def on_device(
-    batch,   # the loader's dict: im_q, im_k are N x 3 x S x S, floats as they shall be, or uint8
+    batch,   # the loader's dict: im_q, im_k are N x 3 x S x S, floats as they shall be, or uint8 (with paint_q, paint_k: still to be painted)
     device,  # of the model
     layout=torch.contiguous_format,   # memory order of the result
 ):
-    "The batch with both views on the device as floats; bytes are normalised there, in float32, as `augment.normalise` does it."
-    def floats(x):
+    "The batch with both views on the device as floats; bytes are painted and normalised there, in float32, as `augment.normalise` does it."
+    def floats(x, numbers):
         x = x.to(device, non_blocking=True)
         if x.dtype != torch.uint8: return x.to(memory_format=layout)
+        if numbers:
+            from densecl.paint import paint
+            x = paint(x, numbers)                                                          # still whole levels
         mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))   # 3 x 1 x 1
         return x.to(torch.float32, memory_format=layout).div_(255).sub_(mean).div_(std)
-    return batch | {k: floats(batch[k]) for k in ("im_q", "im_k")}
+    return batch | {f"im_{v}": floats(batch[f"im_{v}"], batch.get(f"paint_{v}")) for v in "qk"}
 
 # %% ../nbs/14b_feed.ipynb #c018
 def stacked(
@@ -87,7 +92,7 @@ def one_thread(
     "A worker needs one core: several threads in each would only get into each other's way."
     torch.set_num_threads(1)
 
-# %% ../nbs/14b_feed.ipynb #c025
+# %% ../nbs/14b_feed.ipynb #c027
 class BadPictures:
     "Counts the pictures that could not be decoded and names each once."
     def __init__(self, config): self.config, self.names, self.count, self.read = config, set(), 0, 0
@@ -110,7 +115,7 @@ class BadPictures:
         return (f"{self.count} of {self.read} pictures read could not be decoded ({len(self.names)} different ones, on this rank); others took their "
                 "places; they are named above")
 
-# %% ../nbs/14b_feed.ipynb #c028
+# %% ../nbs/14b_feed.ipynb #c030
 class Waiting:
     "Says once in a run that much of its time goes into waiting for pictures, and what would help."
     def __init__(self,
@@ -126,6 +131,6 @@ class Waiting:
         if self.start is None: self.start = row["step"]
         if self.told or row["step"] < self.start + 100 or row["data_wait"] <= self.most: return
         c, self.told = self.config, True
-        faster = "" if c.augment == "fast" else "--augment fast, "
+        faster = "--augment fast, " if c.augment == "reference" else ""
         say(f"{row['data_wait']:.0%} of the time goes into waiting for pictures; what helps: {faster}more --workers (now {c.workers}; this machine has "
             f"{os.cpu_count()} cores), or smaller pictures on a fast disk (python -m densecl.data lmdb SRC DST.lmdb --short-side 320)")
