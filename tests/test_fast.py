@@ -72,8 +72,9 @@ def test_the_two_pipelines_agree_on_geometry_on_rotten_pictures_and_nearly_on_pi
     assert bad >= 1
 
 
-def test_a_run_with_it_is_the_same_for_any_number_of_workers_and_goes_on_exactly(pictures, tmp_path):
-    config = replace(TINY, data_root=str(pictures))
+@pytest.mark.parametrize("augment", ["fast", "device"])
+def test_a_run_with_it_is_the_same_for_any_number_of_workers_and_goes_on_exactly(pictures, tmp_path, augment):
+    config = replace(TINY, data_root=str(pictures), augment=augment)
     def losses(out, **settings):
         train(replace(config, out=str(tmp_path/out), **settings))
         return [json.loads(line)["loss"] for line in (tmp_path/out/"metrics.jsonl").read_text().splitlines()]
