@@ -52,9 +52,9 @@ def unit(
 
 # %% ../nbs/04_encoder.ipynb #c035
 class Encoding(NamedTuple):
-    "What an encoder says of N pictures; every vector has length 1, in float32."
-    f: Tensor            # N x C x h x w, backbone features, without gradient: what is matched
-    q: Tensor            # N x dim, the picture's vector
+    "What an encoder says of N pictures; all vectors but the features have length 1, in float32."
+    f: Tensor = None     # N x C x h x w, backbone features, without gradient: what is matched
+    q: Tensor = None     # N x dim, the picture's vector
     r: Tensor = None     # N x dim x h x w, a vector a position
     s: Tensor = None     # N x dim, mean of the un-normalised r: what enters the dense queue
 
@@ -86,6 +86,6 @@ class Encoder(nn.Module):
         f = self.backbone(x)                                          # N x C x h x w
         q = unit(self.global_head(f.mean((2, 3))))                    # N x dim
         if self.grid: f = F.adaptive_avg_pool2d(f, self.grid)         # N x C x S x S
-        if self.dense_head is None: return Encoding(unit(f.detach()), q)
+        if self.dense_head is None: return Encoding(f.detach(), q)
         r = self.dense_head(f)                                        # N x dim x h x w
-        return Encoding(unit(f.detach()), q, unit(r), unit(r.mean((2, 3))))
+        return Encoding(f.detach(), q, unit(r), unit(r.mean((2, 3))))

@@ -15,9 +15,10 @@ def similarity(
     b,  # N x C x h' x w'
 ):
     "Cosine of every position of `a` with every position of `b`: N x hw x h'w', row-major."
-    a = F.normalize(a.flatten(2), dim=1)                                       # N x C x hw
-    b = F.normalize(b.flatten(2), dim=1)                                       # N x C x h'w'
-    return a.transpose(1, 2) @ b                                               # N x hw x h'w'
+    wide = torch.promote_types(a.dtype, torch.float32)                         # bf16 features: the cosine still in float32
+    a = F.normalize(a.flatten(2).to(wide), dim=1)                              # N x C x hw
+    b = F.normalize(b.flatten(2).to(wide), dim=1)                              # N x C x h'w'
+    with torch.autocast(a.device.type, enabled=False): return a.transpose(1, 2) @ b   # N x hw x h'w'
 
 # %% ../nbs/05_match.ipynb #c012
 @torch.no_grad()

@@ -34,10 +34,11 @@ def grids(
     "Unit vectors of each picture's grid: a list of 1 x C x h x w; raises `UsageError` without a dense head."
     import torch
     from densecl.augment import normalise
+    from densecl.encoder import unit
     if features == "dense" and encoder.dense_head is None:
         raise UsageError("--features dense: these weights have no dense head (MoCo-v2); use --features backbone")
     with torch.no_grad(): out = [encoder(normalise(im)[None]) for im in images]
-    return [e.r if features == "dense" else e.f for e in out]
+    return [e.r if features == "dense" else unit(e.f) for e in out]
 
 # %% ../nbs/19_show.ipynb #c011
 def best_pairs(

@@ -32,7 +32,8 @@ def build_model(
     except ValueError as e: raise UsageError(f"--backbone {config.backbone}: {e}") from None
     encoder = Encoder(backbone, channels, config.hidden, config.dim, config.grid or None, dense=config.method == "densecl")
     args = (encoder, config.queue_len, config.momentum, config.temperature)
-    chunk = 8192 if config.loss == "chunked" else None
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    chunk = None if config.loss == "reference" else 1024 if on_cpu else 8192     # small enough for a core's cache; large enough for a GPU
     return MoCo(*args, chunk=chunk) if config.method == "mocov2" else DenseCL(*args, config.loss_lambda, chunk=chunk)
 
 # %% ../nbs/15_trainer.ipynb #c013
