@@ -53,7 +53,7 @@ class MoCo(nn.Module):
     ):
         "A dict with `loss` and its parts; moves the key encoder and the queues on by one step."
         q, k = self.encoder_q(im_q), self.keys(im_k)                            # two `Encoding`s
-        return self.step(q, k)                                              # match and losses in float32, autocast or not
+        return self.step(q, k)                                              # both count in float32, autocast or not
 
     @torch.no_grad()
     def keys(self,
