@@ -12,7 +12,8 @@ setup(
     name=get("lib_name"), version=get("version"), description=get("description"), license="Apache-2.0",
     author=get("author"), keywords=get("keywords").split(), packages=[get("lib_path")],
     python_requires=">=" + get("min_python"), install_requires=get("requirements").split(),
-    extras_require={"dev": get("dev_requirements").split()},
+    extras_require={"transfer": get("transfer_requirements").split(),
+                    "dev": (get("dev_requirements") + " " + get("transfer_requirements")).split()},
     long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
     long_description_content_type="text/markdown",
 )
