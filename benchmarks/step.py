@@ -67,7 +67,7 @@ class Path:
             model.encoder_q.compile()
             model.encoder_k.compile()
         learn = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(learn, 1e-3, momentum=.9, weight_decay=1e-4, foreach=False if self.plain else None)
+        self.optimizer = torch.optim.SGD(learn, 1e-3, momentum=.9, weight_decay=1e-4, **(dict(foreach=False) if self.plain else dict(fused=True)))
         shape = (a.batch_size, 3, a.image_size, a.image_size)
         self.views = [torch.randn(shape, device=self.device).to(memory_format=layout) for _ in range(2)]
 

@@ -6,7 +6,7 @@
 __all__ = ['Count', 'counted', 'there_and_back', 'parts', 'sizes', 'free_memory', 'rung', 'scaled', 'measure', 'days', 'report',
            'check_disk', 'check_shared', 'preflight']
 
-# %% ../nbs/15b_plan.ipynb #c002
+# %% ../nbs/15b_plan.ipynb #c004
 import os, shutil, sys, time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .loss import readable_nce
 from .model import ema_
 from .trainer import State, build_model, parallel, peak_memory, prepare, take_step
 
-# %% ../nbs/15b_plan.ipynb #c005
+# %% ../nbs/15b_plan.ipynb #c007
 class Count(TorchDispatchMode):
     "Counts what runs inside: `ops` holds (operations, bytes read and written) of each call; a multiply-add is two operations."
     def __init__(self):
@@ -44,7 +44,7 @@ class Count(TorchDispatchMode):
     @property
     def bytes(self): return sum(b for _, b in self.ops)
 
-# %% ../nbs/15b_plan.ipynb #c012
+# %% ../nbs/15b_plan.ipynb #c014
 def counted(
     run,  # a function without arguments
 ):
@@ -60,7 +60,7 @@ def there_and_back(
     y = module(x.detach().requires_grad_())
     y.backward(torch.empty_like(y))
 
-# %% ../nbs/15b_plan.ipynb #c013
+# %% ../nbs/15b_plan.ipynb #c015
 def parts(
     config,  # `Config`
     batch,   # pictures a rank
@@ -87,7 +87,7 @@ def parts(
     found["moving average"] = counted(lambda: ema_(model.encoder_k, encoder, .999))
     return found
 
-# %% ../nbs/15b_plan.ipynb #c019
+# %% ../nbs/15b_plan.ipynb #c021
 def sizes(
     config,   # `Config`
     world=1,  # processes that share a batch
@@ -105,7 +105,7 @@ def sizes(
                 views=2*x.numel()*(1 if config.augment == "fast" else 4),             # a batch, as workers hand it over
                 keys=round((world - 1)/world*(x.numel()*number + back)), gradients=round(2*(world - 1)/world*4*learnt))
 
-# %% ../nbs/15b_plan.ipynb #c022
+# %% ../nbs/15b_plan.ipynb #c024
 def free_memory():
     "Bytes of memory that a process may still take on the CPU; infinite where nobody tells."
     try: lines = Path("/proc/meminfo").read_text().splitlines()
@@ -126,7 +126,7 @@ def rung(
         seconds.append(time.perf_counter() - start)
     return float(dist.mean(torch.tensor(sorted(seconds[1:])[steps//2], device=device)))
 
-# %% ../nbs/15b_plan.ipynb #c023
+# %% ../nbs/15b_plan.ipynb #c025
 def scaled(
     seen,   # rungs: (pictures, seconds, memory), one at least
     what,   # 1 or 2: what is asked for
@@ -138,7 +138,7 @@ def scaled(
     if n == batch or m == n: return high*(batch/n)
     return max(high, high + (high - low)/(n - m)*(batch - n))
 
-# %% ../nbs/15b_plan.ipynb #c025
+# %% ../nbs/15b_plan.ipynb #c027
 def measure(
     config,    # `Config`
     limit=45,  # seconds that it may take, about
@@ -161,7 +161,7 @@ def measure(
         seen.append((now, seconds, peak_memory()))
     return dict(seconds=scaled(seen, 1, batch), memory=scaled(seen, 2, batch), pictures=seen[-1][0], batch=batch, device=str(device))
 
-# %% ../nbs/15b_plan.ipynb #c028
+# %% ../nbs/15b_plan.ipynb #c030
 def days(
     seconds,  # any number
 ):
@@ -189,7 +189,7 @@ def report(
         memory=f"{got['memory']:.0f} MB at the peak" + ("" if got["device"].startswith("cuda") else " of the whole process"))
     return "\n".join(f"{k:8}{v}" for k, v in lines.items())
 
-# %% ../nbs/15b_plan.ipynb #c032
+# %% ../nbs/15b_plan.ipynb #c034
 def check_disk(
     config,  # `Config`
     need,    # bytes of a checkpoint
@@ -217,7 +217,7 @@ def check_shared(
     raise UsageError(f"--workers {config.workers}: their batches need up to {all_/1e6:.0f} MB of {shm}, which has {free/1e6:.0f} free; "
                      f"take --workers {fits}, or give a container more (docker run --shm-size=8g)")
 
-# %% ../nbs/15b_plan.ipynb #c033
+# %% ../nbs/15b_plan.ipynb #c035
 def preflight(
     config,  # `Config`
 ):

@@ -93,7 +93,7 @@ class State:
         self.config, self.step, self.model = config, 0, build_model(config).to(device)
         if config.channels_last: self.model.to(memory_format=torch.channels_last)
         learn = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(learn, config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.SGD(learn, config.lr, config.sgd_momentum, weight_decay=config.weight_decay, fused=True)   # one pass over memory
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
 
     def dump(self):

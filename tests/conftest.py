@@ -13,6 +13,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes minutes; runs only with --long")
+    config.addinivalue_line("markers", "cuda: needs a CUDA device; skipped where there is none")
 
 
 def pytest_collection_modifyitems(config, items):
