@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NB := $(filter-out nbs/index.ipynb,$(wildcard nbs/[0-9]*.ipynb))
 
-.PHONY: demo test test-long lab export readme clean
+.PHONY: demo test test-long lab export readme site clean
 
 demo: .venv/installed           ## a real DenseCL run on the embedded photographs, then a picture of its matches
 	$(BIN)/python -m densecl.train demo
@@ -28,6 +28,9 @@ export: .venv/installed-dev     ## after editing a notebook: densecl/ and README
 readme: .venv/installed-dev     ## README.md is nbs/index.ipynb without its hidden cells
 	sh tests/readme.sh $(BIN) > README.md.new && mv README.md.new README.md
 
+site: .venv/installed-dev       ## every chapter as a web page in _site/, readable offline
+	$(BIN)/python tests/site_pages.py _site
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -40,4 +43,4 @@ readme: .venv/installed-dev     ## README.md is nbs/index.ipynb without its hidd
 	touch $@ .venv/installed
 
 clean:
-	rm -rf .venv runs _proc _docs densecl.egg-info
+	rm -rf .venv runs _proc _docs _site densecl.egg-info
