@@ -41,3 +41,8 @@ def test_every_picture_has_words_for_those_who_cannot_see_it(pages):
     missing = [name for name, text in pages[0].items() for tag in re.findall(r"<img[^>]*>", text)
                if not re.search(r'alt="[^"]{15,}"', tag) or "No description" in tag]
     assert not missing, f"pictures without a caption in italics right below them: {missing}"
+
+
+def test_the_quarto_sidebar_lists_every_chapter_in_order():
+    listed = re.findall(r"- (\w+)\.ipynb", (site_pages.NBS/"sidebar.yml").read_text())
+    assert listed == ["index", *sorted(p.stem for p in site_pages.NBS.glob("[0-9]*.ipynb"))]
