@@ -132,6 +132,14 @@ def test_notebooks_hold_no_errors_and_stay_small(notebook):
     assert notebook.stat().st_size <= (1_000_000 if notebook.stem.startswith("30") else 300_000)
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_clean(notebook):
+    for cell in cells(notebook):
+        assert not cell["metadata"], f"{cell['id']}: {cell['metadata']}; run nbdev_clean"
+        assert cell.get("execution_count") is None, f"{cell['id']} has an execution count; run nbdev_clean"
+        assert all(o.get("execution_count") is None for o in cell.get("outputs", [])), f"{cell['id']}; run nbdev_clean"
+
+
 def test_the_readme_is_the_index_notebook():
     tools = Path(sys.executable).parent
     if not (tools/"jupyter-nbconvert").exists(): pytest.skip("nbconvert is not installed")
