@@ -168,12 +168,12 @@ class RunLog:
 @contextmanager
 def writing(
     folder,  # the run folder
-    good,    # step of its last good checkpoint, or None
+    good,    # a function that gives the step of its last good checkpoint, or None
 ):
     "An `OSError` inside becomes a `RunError` that names what is left."
     try: yield
     except OSError as e:
-        left = f"the last good checkpoint is that of step {good}" if good else "there is no checkpoint yet"
+        left = f"the last good checkpoint is that of step {step}" if (step := good()) else "there is no checkpoint yet"
         raise RunError(f"--out {folder}: cannot write there ({e.strerror or e}); {left}; make room and start the same command again") from e
 
 # %% ../nbs/11_checkpoint.ipynb #c048
@@ -213,7 +213,7 @@ class Desk:
         "Write config.json, open the rows, start the progress line."
         if not self.active: return
         self.good = step or None
-        with writing(self.folder, self.good):
+        with writing(self.folder, self.left):
             with atomic(self.folder/"config.json", "w") as f: json.dump(config, f, indent=1)
             self.log = self.stack.enter_context(closing(RunLog(self.folder, step)))
         bar = tqdm(total=self.last, initial=step, unit="step", dynamic_ncols=True)
@@ -231,8 +231,8 @@ class Desk:
     ):
         "A row of the metrics."
         if not self.active: return
-        with writing(self.folder, self.good): self.log.row(**row)
         if self.busy and self.busy.done(): self.settle()
+        with writing(self.folder, self.left): self.log.row(**row)
 
     def row(self,
             row,  # a dict with step, loss, match_acc, images_per_s and more
@@ -251,7 +251,7 @@ class Desk:
         "A checkpoint, and a picture beside it; the disk's part goes on while the caller does."
         if not self.active: return
         self.settle()
-        with writing(self.folder, self.good): self.log.sync()      # rows first: a checkpoint's rows are there
+        with writing(self.folder, self.left): self.log.sync()      # rows first: a checkpoint's rows are there
         self.busy = self.pool.submit(self.put, packed(state), state["step"], figure)
 
     def put(self,
@@ -265,8 +265,14 @@ class Desk:
             with atomic(self.folder/"matches"/f"step-{step:08d}.png") as f: figure.savefig(f, format="png")
         return step
 
+    def left(self):
+        "The step of the last good checkpoint: of the one that is under way, if that comes to a good end."
+        if self.busy and not self.busy.exception(): self.good = self.busy.result()
+        self.busy = None
+        return self.good
+
     def settle(self):
         "Wait until the save that is under way is on the disk; raises `RunError` when it could not be written."
         if self.busy:
-            busy, self.busy = self.busy, None
-            with writing(self.folder, self.good): self.good = busy.result()
+            with writing(self.folder, self.left): self.good = self.busy.result()
+            self.busy = None

@@ -35,12 +35,12 @@ class Run:
     """A command as a process group of its own, its words in a file; all of it is killed on leaving."""
     number = 0
 
-    def __init__(self, *argv, options=TINY, workers=0, before=(sys.executable,)):
+    def __init__(self, *argv, options=TINY, workers=0, before=(sys.executable,), program=TRAIN):
         Run.number += 1
         self.log = Path(f"log-{Run.number:03d}.txt")
         self.start = time.monotonic()
         with open(self.log, "w") as f:
-            self.process = subprocess.Popen([*before, *TRAIN, *options, "--workers", str(workers), *argv], env=ENV, stdout=f, stderr=f, start_new_session=True)
+            self.process = subprocess.Popen([*before, *program, *options, "--workers", str(workers), *argv], env=ENV, stdout=f, stderr=f, start_new_session=True)
 
     def __enter__(self): return self
 
@@ -69,6 +69,11 @@ class Run:
     def resumed(self): return [int(s) for s in re.findall(r"resumed at step (\d+)", self.text)]
 
     def lines(self): return [line for line in self.text.splitlines() if line.startswith("densecl: ")]
+
+
+def start_with(changes):
+    """Write start.py: the command line with something in it changed."""
+    Path("start.py").write_text("import os, resource, signal, sys, time\nfrom densecl import checkpoint\nfrom densecl.files import run_main\nfrom densecl.train import main\n" + changes + "run_main(main)\n")
 
 
 def torchrun(*words, ranks=2): return TORCHRUN + [*(words or ["--standalone"]), f"--nproc_per_node={ranks}"]
@@ -225,13 +230,12 @@ def test_a_signal_to_the_whole_group_finishes_the_step_saves_and_ends_with_75(nu
 
 
 def test_a_second_sigint_stops_at_once(place):
-    """The process is held in a step that never ends: pictures come through a pipe that nobody fills."""
-    with Run("--out", "out", "--log-every", "1") as run:
-        run.until(lambda: last_step("out") >= 2)
-        for name in sorted(Path("pictures").iterdir()):
-            name.unlink()
-            os.mkfifo(name)
-        time.sleep(1)
+    """The run is held in its third step for ever."""
+    start_with("from densecl import trainer\nreal = trainer.take_step\n"
+               "def take_step(state, *rest):\n    if state.step == 2: print('held', flush=True), time.sleep(10**6)\n    return real(state, *rest)\n"
+               "trainer.take_step = take_step\n")
+    with Run("--out", "out", "--log-every", "1", program=["start.py"]) as run:
+        run.until(lambda: "held" in run.text)
         run.process.send_signal(signal.SIGINT)
         run.until(lambda: "Ctrl-C again" in run.text)
         time.sleep(1)
@@ -273,11 +277,10 @@ def test_a_run_folder_that_ranks_see_differently_is_refused(place):
     """Rank 1 has another current folder, as a second machine has another disk."""
     undisturbed("out", 3)
     shutil.copytree("pictures", "elsewhere/pictures")
-    code = "import os, sys\nif os.environ['RANK'] == '1': os.chdir('elsewhere')\nfrom densecl.files import run_main\nfrom densecl.train import main\nrun_main(main)"
-    Path("start.py").write_text(code)
-    got = subprocess.run([*torchrun(), "start.py", *TINY, "--workers", "0", "--out", "out", "--max-steps", "6"], env=ENV, capture_output=True, text=True, timeout=200)
-    lines = [line for line in got.stderr.splitlines() if line.startswith("densecl: ")]
-    assert got.returncode == 1 and len(lines) == 1 and "all machines share" in lines[0] and "[0, 3]" in lines[0], got.stderr
+    start_with("if os.environ['RANK'] == '1': os.chdir('elsewhere')\n")
+    with Run("--out", "out", "--max-steps", "6", before=torchrun(), program=["start.py"]) as run: assert run.ends() == 1
+    (line,) = run.lines()
+    assert "all machines share" in line and "[0, 3]" in line, run.text
 
 
 @pytest.fixture
@@ -315,16 +318,11 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_the_last_checkpoint(small_
 
 def test_a_file_that_may_not_grow_stops_the_run_and_keeps_the_last_checkpoint(place):
     """The same without a file system: after two saves no file may be longer than a metrics file needs."""
-    code = ("import resource, signal, sys\nfrom densecl import checkpoint\nfrom densecl.files import run_main\nfrom densecl.train import main\n"
-            "real, signal_ = checkpoint.write, signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "def write(data, folder, step, keep):\n    if step > 6: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n    real(data, folder, step, keep)\n"
-            "checkpoint.write = write\nrun_main(main)")
-    Path("start.py").write_text(code)
-    with open("log.txt", "w") as f: got = subprocess.run([sys.executable, "start.py", *TINY, "--workers", "0", "--out", "out"], env=ENV, stdout=f, stderr=f, timeout=200)
-    text = Path("log.txt").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("densecl: ")]
-    assert got.returncode == 1 and "File too large" in line and "that of step 6;" in line and "Traceback" not in text
-    assert state("out")["step"] == 6
+    start_with("real, _ = checkpoint.write, signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+               "def write(data, folder, step, keep):\n    if step > 6: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n    real(data, folder, step, keep)\n"
+               "checkpoint.write = write\n")
+    with Run("--out", "out", program=["start.py"]) as run: run.ends()
+    assert assert_stopped_by_the_disk(run, "out") == 6 and "File too large" in run.text
 
 
 @pytest.mark.parametrize("damage", ["cut off", "a flipped bit", "gone"])
@@ -354,12 +352,9 @@ def test_when_no_checkpoint_can_be_read_nothing_begins_anew(place):
 
 def test_a_run_killed_between_its_last_probe_and_its_end_keeps_the_row(place):
     """The probe's row is on the disk before the checkpoint that would make it superfluous."""
-    code = ("import os, signal\nfrom densecl import checkpoint\nfrom densecl.files import run_main\nfrom densecl.train import main\nreal = checkpoint.write\n"
-            "def write(*args):\n    real(*args)\n    if args[2] == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "checkpoint.write = write\nrun_main(main)")
-    Path("start.py").write_text(code)
-    argv = [*TINY, "--workers", "0", "--out", "out", "--save-every", "2", "--probe", "match", "--probe-every", "2", "--max-steps", "6"]
-    assert subprocess.run([sys.executable, "start.py", *argv], env=ENV, capture_output=True, timeout=200).returncode == -signal.SIGKILL
-    with Run(options=argv) as run: assert run.ends() == 0, run.text
+    start_with("real = checkpoint.write\ndef write(*args):\n    real(*args)\n    if args[2] == 4: os.kill(os.getpid(), signal.SIGKILL)\ncheckpoint.write = write\n")
+    argv = ["--out", "out", "--save-every", "2", "--probe", "match", "--probe-every", "2", "--max-steps", "6"]
+    with Run(*argv, program=["start.py"]) as run: assert run.ends() == -signal.SIGKILL, run.text
+    with Run(*argv) as run: assert run.ends() == 0, run.text
     assert run.resumed() == [4]
     assert [(r["step"], "probe" in r) for r in rows("out")] == [(0, True), (2, False), (2, True), (4, False), (4, True), (6, False), (6, True)]
