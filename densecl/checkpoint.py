@@ -185,7 +185,7 @@ class Desk:
                  keep=3,  # numbered checkpoints that stay
     ):
         self.folder, self.last, self.keep, self.active = Path(folder), last, keep, dist.rank() == 0
-        self.good, self.busy = None, None          # step of the last good checkpoint; the save that is under way
+        self.busy = None                           # the save that is under way
 
     def __enter__(self):
         self.stack = ExitStack()
@@ -212,7 +212,6 @@ class Desk:
     ):
         "Write config.json, open the rows, start the progress line."
         if not self.active: return
-        self.good = step or None
         with writing(self.folder, self.left):
             with atomic(self.folder/"config.json", "w") as f: json.dump(config, f, indent=1)
             self.log = self.stack.enter_context(closing(RunLog(self.folder, step)))
@@ -259,20 +258,20 @@ class Desk:
             step,    # steps done
             figure,  # or None
     ):
-        "The disk's part of a save; gives the step."
+        "The disk's part of a save."
         write(data, self.folder, step, self.keep)
         if figure:
             with atomic(self.folder/"matches"/f"step-{step:08d}.png") as f: figure.savefig(f, format="png")
-        return step
 
     def left(self):
-        "The step of the last good checkpoint: of the one that is under way, if that comes to a good end."
-        if self.busy and not self.busy.exception(): self.good = self.busy.result()
+        "After an error: the step of the last good checkpoint, as the disk has it; None where there is none."
+        if self.busy: self.busy.exception()        # waits for its end, good or bad
         self.busy = None
-        return self.good
+        try: return load(self.folder/"last.pt")["step"]
+        except UsageError: return None
 
     def settle(self):
         "Wait until the save that is under way is on the disk; raises `RunError` when it could not be written."
         if self.busy:
-            with writing(self.folder, self.left): self.good = self.busy.result()
+            with writing(self.folder, self.left): self.busy.result()
             self.busy = None

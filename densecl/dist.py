@@ -36,14 +36,17 @@ def start(
                          "use --device cpu, or fewer processes")
     if kind == "cuda": torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not td.is_initialized():
-        td.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        try: td.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        except RuntimeError as e:
+            raise RunError("the processes cannot connect; if torchrun has restarted them, give it TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+                           f"in its environment ({str(e).splitlines()[0][:200]})") from e
     return torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
 
 def stop():
     "Leave the process group, if there is one."
     if td.is_available() and td.is_initialized(): td.destroy_process_group()
 
-# %% ../nbs/06_dist.ipynb #c011
+# %% ../nbs/06_dist.ipynb #c012
 @contextmanager
 def together():
     "Inside, when one process ends, the others end with a `RunError` instead of a traceback; leaves the group."
@@ -54,7 +57,7 @@ def together():
         raise RunError("another process of this run has ended; its own line says why") from None
     stop()
 
-# %% ../nbs/06_dist.ipynb #c015
+# %% ../nbs/06_dist.ipynb #c016
 @torch.no_grad()
 def gather(
     x,  # B x ..., the same shape on every rank
@@ -66,7 +69,7 @@ def gather(
     td.all_gather(parts, x)
     return torch.cat(parts)
 
-# %% ../nbs/06_dist.ipynb #c017
+# %% ../nbs/06_dist.ipynb #c018
 @torch.no_grad()
 def mean(
     x,  # a tensor, one a rank
@@ -77,7 +80,7 @@ def mean(
     td.all_reduce(x)
     return x/world()
 
-# %% ../nbs/06_dist.ipynb #c019
+# %% ../nbs/06_dist.ipynb #c020
 @torch.no_grad()
 def broadcast_(
     tensors,  # changed in place
@@ -86,7 +89,7 @@ def broadcast_(
     if world() > 1:
         for t in tensors: td.broadcast(t, 0)
 
-# %% ../nbs/06_dist.ipynb #c022
+# %% ../nbs/06_dist.ipynb #c023
 def any_of(
     flag,  # True or False, one a rank
 ):
@@ -96,7 +99,7 @@ def any_of(
     td.all_reduce(x, td.ReduceOp.MAX)
     return bool(x)
 
-# %% ../nbs/06_dist.ipynb #c024
+# %% ../nbs/06_dist.ipynb #c025
 @contextmanager
 def agreed():
     "A `UsageError` that one rank meets inside ends all of them with the same words; all must come here."
@@ -109,7 +112,7 @@ def agreed():
         status, _, text = bytes(row).decode(errors="ignore").strip("\0 ").partition(" ")
         if status: raise RunError("") if status == "1" else UsageError(text)      # a RunError is said by the rank that met it
 
-# %% ../nbs/06_dist.ipynb #c027
+# %% ../nbs/06_dist.ipynb #c028
 def in_rank_order(
     state,   # unused, DDP wants it
     bucket,  # `torch.distributed.GradBucket`
@@ -121,7 +124,7 @@ def in_rank_order(
     done.set_result(total/world())
     return done
 
-# %% ../nbs/06_dist.ipynb #c043
+# %% ../nbs/06_dist.ipynb #c044
 def routes(
     perm,   # (R B,): place p of the dealt pile gets picture perm[p]
     ranks,  # R
@@ -134,7 +137,7 @@ def routes(
     fill = home[me].argsort(stable=True)                               # from rank 0, then from rank 1, ...
     return send, fill, torch.stack([(home == s).sum(1) for s in range(ranks)], 1)
 
-# %% ../nbs/06_dist.ipynb #c047
+# %% ../nbs/06_dist.ipynb #c048
 class Shuffle:
     "ShuffleBN: the keys' pictures are dealt out over the ranks at random, so that BN cannot give the pairs away."
     def __init__(self,
