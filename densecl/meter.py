@@ -67,16 +67,16 @@ class Meter:
     def dump(self,
              state,  # as for `check`
     ):
-        "What a checkpoint holds of it: means over the ranks, so that any number of ranks can go on; all must come here."
+        "What a checkpoint holds of it: means or sums over the ranks, so that any number of ranks can go on; all must come here."
         if not self.losses: return {}
-        counts = dist.mean(torch.stack([self.right.cpu(), self.seen.cpu()]).float())
+        counts = (dist.mean(torch.stack([self.right.cpu(), self.seen.cpu()]).float())*dist.world()).round()   # of all ranks; rank 0 takes them up
         return dict(losses=self.check(state).cpu(), parts=dist.mean(torch.stack(self.parts)).cpu(), counts=counts)
 
     def load(self,
              saved,  # what `dump` gave
     ):
         "Go on from there; the clock starts anew."
-        if saved: (self.losses, self.parts), (self.right, self.seen) = ([*saved[k].unbind()] for k in ("losses", "parts")), saved["counts"]
+        if saved: (self.losses, self.parts), (self.right, self.seen) = ([*saved[k].unbind()] for k in ("losses", "parts")), saved["counts"]*(dist.rank() == 0)
 
 # %% ../nbs/14c_meter.ipynb #c008
 def peak_memory():
