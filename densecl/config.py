@@ -46,10 +46,11 @@ class Config:
     augment: str = "fast"            # fast: OpenCV, equal to within rounding; reference: Pillow, as the authors; device: colour and blur in batch there
     log_every: int = 50              # steps between rows of metrics.jsonl
     save_every: int = 1000           # steps between checkpoints
-    keep: int = 3                    # numbered checkpoints that stay
+    keep: int = 3                    # numbered checkpoints that stay; two do at least, so that there is one to fall back to
     resume: str = "auto"             # auto: go on from --out when it holds this run; never; or a checkpoint's path
     on_bad_image: str = "skip"       # a picture that cannot be decoded: skip (replace and name it), raise (stop)
     bad_share: float = 0.3           # stop when more than this share of the pictures read is bad
+    timeout: int = 600               # seconds after which a process that hangs ends the run; must be longer than a save or a probe takes
     deterministic: bool = False      # only algorithms that give the same bits each time
     dry_run: bool = False            # say what would be done and end
     probe: str = ""                  # match: measure matching on held-out pictures at the start, the end and every probe_every steps
@@ -123,7 +124,7 @@ def cells(
 # %% ../nbs/09_config.ipynb #c043
 CHOICES = dict(method=("densecl", "mocov2"), device=("auto", "cpu", "cuda"), amp=("off", "bf16", "fp16"), loss=("chunked", "reference"),
                augment=("reference", "fast", "device"), on_bad_image=("skip", "raise"), probe=("", "match"))
-POSITIVE = "epochs batch_size image_size hidden dim queue_len temperature lr log_every save_every keep".split()
+POSITIVE = "epochs batch_size image_size hidden dim queue_len temperature lr log_every save_every keep timeout".split()
 SHARE = "momentum sgd_momentum loss_lambda bad_share".split()
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 

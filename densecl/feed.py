@@ -14,6 +14,7 @@ from . import dist
 from .augment import MEAN, STD, Recipe, TwoViews, seeded
 from .data import Batches, open_source
 from .files import RunError, UsageError
+from .signals import patient
 
 # %% ../nbs/14b_feed.ipynb #c007
 class ByKey(Dataset):
@@ -89,8 +90,9 @@ def loader(
 def one_thread(
     worker,  # its number
 ):
-    "A worker needs one core: several threads in each would only get into each other's way."
+    "A worker needs one core: several threads in each would only get into each other's way. And it leaves signals to the trainer."
     torch.set_num_threads(1)
+    patient()
 
 # %% ../nbs/14b_feed.ipynb #c027
 class BadPictures:

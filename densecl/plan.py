@@ -223,7 +223,8 @@ def preflight(
 ):
     "Look at disk, shared memory and the other processes before a run; raises `UsageError` or `RunError`, says nothing when all is well."
     device, need = prepare(config), sizes(config, dist.world())
-    if dist.rank() == 0: check_disk(config, need["checkpoint"])
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0: check_shared(config, need["views"])
+    with dist.agreed():                                                               # what one finds ends all, with its words
+        if dist.rank() == 0: check_disk(config, need["checkpoint"])
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0: check_shared(config, need["views"])
     mean = float(dist.mean(torch.tensor(float(dist.rank()), device=device)))
     if mean != (dist.world() - 1)/2: raise RunError(f"the processes don't hear each other: their mean rank is {mean}, not {(dist.world() - 1)/2}")
