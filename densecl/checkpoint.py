@@ -62,7 +62,7 @@ def load(
 
 # %% ../nbs/11_checkpoint.ipynb #c025
 MAY_CHANGE = {"out", "max_steps", "save_every", "log_every", "keep", "workers", "threads", "resume", "dry_run",
-              "device", "probe", "probe_every", "on_bad_image", "bad_share"}   # don't change what is computed
+              "device", "probe", "probe_root", "probe_every", "on_bad_image", "bad_share"}   # don't change what is computed
 
 def same_run(
     saved,   # a dict, the config in the checkpoint

@@ -104,8 +104,9 @@ def format_of(
 ):
     "The format; raises `UsageError` for a suffix under which the library would not read the file."
     suffix = Path(out).suffix.lower()
-    guess = {".pkl": "detectron2", ".safetensors": "safetensors"}.get(suffix, "torchvision")
-    form = form or guess
+    guess = {".pkl": "detectron2", ".safetensors": "safetensors", ".pth": "torchvision", ".pt": "torchvision"}
+    form = form or guess.get(suffix)
+    if form is None: raise UsageError(f"{out}: must end in {', '.join(guess)}")
     if form not in FORMATS: raise UsageError(f"--format {form}: there are {', '.join(FORMATS)}")
     if suffix in FORMATS[form]: return form
     raise UsageError(f"{out}: a file for {form} must end in {' or '.join(FORMATS[form])}")

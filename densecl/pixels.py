@@ -60,8 +60,9 @@ def cells(
 def linear_head(
     x,          # M x C, vectors of cells
     y,          # M x classes, their shares
-    seed=0,     # of the start and of the cells that a step sees
-    steps=1000, # of fitting
+    group=1,    # cells a picture
+    seed=0,     # of the choice of pictures, of the start, of the cells that a step sees
+    steps=500,  # of fitting
     lr=1e-2,    # Adam's, at the start of a cosine
     batch=2048, # cells a step, drawn at random
 ):
@@ -71,8 +72,10 @@ def linear_head(
     bias = torch.zeros(y.shape[1], requires_grad=True)
     adam = torch.optim.Adam([weight, bias], lr)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    draw = lambda n: torch.randint(n, (min(batch, len(x)),), generator=g)
+    drawn = torch.randint(len(x)//group, (len(x)//group,), generator=g)       # this trial's pictures, with replacement
     for _ in range(steps):
-        pick = torch.randint(len(x), (batch,), generator=g)
+        pick = drawn[draw(len(drawn))]*group + draw(group)
         log_p = F.log_softmax(((x[pick] - mean)/std) @ weight.T + bias, 1)
         loss = -(y[pick]*log_p).sum()/y[pick].sum().clamp(min=1)
         adam.zero_grad()
@@ -129,6 +132,7 @@ def read_labelled(
 # %% ../nbs/12f_pixels.ipynb #c023
 def readers(
     x, y,    # cells of the training pictures and their shares
+    group,   # cells a picture
     trials,  # how often to fit the linear layer
     seed,    # of the first
 ):
@@ -136,7 +140,7 @@ def readers(
     pick = np.random.default_rng(seed).permutation(int((known := (y.sum(1) > .5).nonzero()[:, 0]).numel()))[:BANK]
     bank, votes = F.normalize(x[known[pick]], dim=1), y[known[pick]]
     def linear(head): return lambda c: ((c - head[2])/head[3]) @ head[0].T + head[1]
-    return dict(linear=[linear(linear_head(x, y, seed + t)) for t in range(trials)], knn=[lambda c: vote(c, bank, votes)])
+    return dict(linear=[linear(linear_head(x, y, group, seed + t)) for t in range(trials)], knn=[lambda c: vote(c, bank, votes)])
 
 def scored(
     reader,  # cells -> scores, M x C -> M x classes
@@ -160,7 +164,7 @@ def segment_probe(
     maps = torch.stack([shares(m, n, h, w) for m in seen.masks])               # N x classes x h x w
     y, out = cells(maps), {}
     for k, grid in seen.grids.items():
-        by = {name: [scored(r, held.grids[k], held.masks) for r in found] for name, found in readers(cells(grid), y, trials, seed).items()}
+        by = {name: [scored(r, held.grids[k], held.masks) for r in found] for name, found in readers(cells(grid), y, h*w, trials, seed).items()}
         out[k] = dict(linear=float(np.mean(by["linear"])), spread=float(np.std(by["linear"])), knn=by["knn"][0])
     for k, guess in dict(position=maps.mean(0), frequent=maps.mean((0, 2, 3))[:, None, None].expand(-1, h, w)).items():
         out[k] = dict(linear=mean_iou(sum(count(guess, m) for m in held.masks)))
