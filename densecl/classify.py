@@ -70,6 +70,7 @@ def listed(
     if path is None: raise UsageError(f"--data-root {base}: no list ImageSets/Main/{split}.txt")
     return [l.split()[0] for l in path.read_text().splitlines() if l.strip()]
 
+# %% ../nbs/12g_classify.ipynb #c007
 def boxes(
     base,   # a VOC tree
     split,  # train, val
@@ -81,7 +82,7 @@ def boxes(
             if c in VOC_CLASSES and not difficult and min(r - l, b - t) >= least:
                 yield partial(opened, base/f"JPEGImages/{name}.jpg", (l, t, r, b)), VOC_CLASSES.index(c)
 
-# %% ../nbs/12g_classify.ipynb #c007
+# %% ../nbs/12g_classify.ipynb #c008
 def read_named(
     root,     # ImageFolder with or without train and val, or a VOC tree
     limit=0,  # at most so many pictures of each split, an even choice; 0: all
@@ -100,7 +101,7 @@ def read_named(
     ready = lambda items: [(p if callable(p) else partial(opened, p), c) for p, c in (items[i] for i in even(len(items), limit))]
     return Named(classes, ready(train), ready(val))
 
-# %% ../nbs/12g_classify.ipynb #c012
+# %% ../nbs/12g_classify.ipynb #c013
 class Points(NamedTuple):
     "Pictures as unit vectors, and their classes."
     x: torch.Tensor  # N x C
@@ -115,7 +116,7 @@ def embed(
     images = (normalise(square(opener(), size)) for opener, _ in items)
     return Points(F.normalize(pooled(encoder, images), dim=1), torch.tensor([c for _, c in items]))
 
-# %% ../nbs/12g_classify.ipynb #c014
+# %% ../nbs/12g_classify.ipynb #c015
 def knn(
     train, val,  # `Points`
     classes,     # how many
@@ -127,7 +128,7 @@ def knn(
     votes = ((near - near[:, :1])/sharp).exp()
     return torch.zeros(len(val.x), classes).scatter_add_(1, train.y[at], votes).argmax(1)
 
-# %% ../nbs/12g_classify.ipynb #c018
+# %% ../nbs/12g_classify.ipynb #c019
 def linear(
     train, val,      # `Points`
     classes,         # how many
@@ -150,7 +151,7 @@ def linear(
         drops.step()
     with torch.no_grad(): return layer(val.x).argmax(1)
 
-# %% ../nbs/12g_classify.ipynb #c021
+# %% ../nbs/12g_classify.ipynb #c022
 def accuracy(
     answer, y,  # M each
 ):
@@ -182,7 +183,7 @@ def knn_probe(
     train, val = points_of(encoder, named, size)
     return dict(backbone=accuracy(knn(train, val, len(named.classes), k), val.y), frequent=frequent(train, val))
 
-# %% ../nbs/12g_classify.ipynb #c022
+# %% ../nbs/12g_classify.ipynb #c023
 def linear_probe(
     encoder,     # `Encoder`
     named,       # `Named`
@@ -200,7 +201,7 @@ def linear_probe(
     mean = {k: float(np.mean([g[k] for g in got])) for k in got[0]}
     return dict(backbone=mean | dict(spread=float(np.std([g["top1"] for g in got]))), frequent=frequent(train, val))
 
-# %% ../nbs/12g_classify.ipynb #c025
+# %% ../nbs/12g_classify.ipynb #c026
 class Many(NamedTuple):
     "Pictures with any number of classes each, in two splits of a VOC tree."
     classes: list
@@ -228,7 +229,7 @@ def read_many(
     parts = [list(named_objects(base, s)) for s in splits]
     return Many(list(VOC_CLASSES[1:]), *([part[i] for i in even(len(part), limit)] for part in parts))
 
-# %% ../nbs/12g_classify.ipynb #c026
+# %% ../nbs/12g_classify.ipynb #c027
 COSTS = (.01, .1, 1., 10.)   # that the cross-validation chooses from
 
 def need(

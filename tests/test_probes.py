@@ -177,6 +177,7 @@ def test_a_run_with_probes_ends_in_the_same_bits_as_one_without(place):
     assert Path("with/matches/before_after.png").exists()
 
 
+@pytest.mark.long
 def test_a_probe_on_rank_0_leaves_two_processes_in_step(place):
     def run(out, *more):
         line = f"demo --data-root pictures --backbone resnet18-layer2 --image-size 32 --batch-size 4 --queue-len 12 --lr 0.0075 --lambda-warmup 0 --dim 8 --hidden 16 --workers 0 --threads 1 --amp off --max-steps 2 --out {out}"
