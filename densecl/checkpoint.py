@@ -117,7 +117,7 @@ def newest(
 
 # %% ../nbs/11_checkpoint.ipynb #c034
 MAY_CHANGE = {"out", "max_steps", "save_every", "log_every", "keep", "workers", "threads", "resume", "dry_run",
-              "device", "probe", "probe_every", "on_bad_image", "bad_share", "timeout"}   # don't change what is computed
+              "device", "probe", "probe_root", "probe_every", "on_bad_image", "bad_share", "timeout"}   # don't change what is computed
 
 def same_run(
     saved,   # a dict, the config in the checkpoint

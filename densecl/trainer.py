@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_model', 'State', 'everything', 'resume', 'take_step', 'prepare', 'parallel', 'train', 'due', 'fetch', 'head',
-           'probe']
+           'probe', 'before_after']
 
 # %% ../nbs/15_trainer.ipynb #c004
 import inspect, os, sys, time
@@ -13,11 +13,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from . import checkpoint, dist
+from .augment import seeded
 from .config import check, lr_at
 from .data import HELD_OUT, BadPicture, Tiles
 from .doctor import Watch
 from .encoder import Encoder, build_backbone
-from .evaluate import batch_figure, match_figure, match_probe, probe_views
+from .evaluate import ask, batch_figure, in_a_line, match_figure, probe_views
 from .feed import BadPictures, Waiting, loader, on_device, two_views
 from .files import RunError, UsageError
 from .meter import Meter, peak_memory
@@ -227,20 +228,29 @@ def head(
     return dict(step=state.step, epoch=(state.step - 1)//per_epoch, lr=group["lr"],
                 queue_fill=min(1., state.step*c.batch_size/c.queue_len), bad=round(float(count)))
 
-# %% ../nbs/15_trainer.ipynb #c031
+# %% ../nbs/15_trainer.ipynb #c032
 def probe(
     state,  # `State`
     desk,   # `densecl.checkpoint.Desk`
 ):
-    "Matching on the held-out photograph: a row of the metrics, a line to read, and at the end a picture, before and after."
+    "Ask config.probe: a row of the metrics, curves and a line to read each; after the last step of `match` a picture, before and after."
     if not desk.active: return
-    encoder, views = state.model.encoder_q, probe_views(Tiles(HELD_OUT), state.config.image_size)
-    got = match_probe(encoder, views)
-    desk.note(dict(step=state.step, probe="match") | got)
-    desk.say(f"step {state.step}, right matches on the held-out photograph, within one cell / of points that moved: "
-             + ", ".join(f"{k} {v['near']:.3f}/{v['moved']:.3f}" for k, v in got.items()))
-    if state.step < desk.last: return
+    encoder, c, step = state.model.encoder_q, state.config, state.step
+    with seeded(c.seed, step):
+        for name in c.probe.split(","):
+            rows = ask(encoder, name, c.probe_root, c.image_size)
+            desk.note(dict(step=step, probe=name) | rows)
+            for part, numbers in rows.items():
+                for k, v in numbers.items(): desk.log.events.add_scalar(f"probe/{name}/{part}/{k}", v, step)
+            desk.say(f"step {step}, {name}, {in_a_line(rows)}")
+        if step == desk.last and "match" in c.probe.split(","): before_after(state, desk)
+
+def before_after(
+    state,  # `State` after its last step
+    desk,   # `densecl.checkpoint.Desk`
+):
+    "The picture of the network's matches on the held-out photograph, before training and after."
+    encoder, path = state.model.encoder_q, desk.folder/"matches"/"before_after.png"
     untrained = build_model(state.config).encoder_q.to(next(encoder.parameters()).device)        # the same seed: the network as it began
-    path = desk.folder/"matches"/"before_after.png"
-    match_figure({"before": untrained, "after": encoder}, views).savefig(path)
+    match_figure({"before": untrained, "after": encoder}, probe_views(Tiles(HELD_OUT), state.config.image_size)).savefig(path)
     desk.say(f"look at {path}")
