@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from .boxes import Row, row, run_lengths
 
-# %% ../nbs/12c_ap.ipynb #c004
+# %% ../nbs/12c_ap.ipynb #c005
 THRESHOLDS = np.arange(50, 100, 5)/100   # IoU .50, .55, ... .95: ten scores, whose mean is "AP"
 
 class Found(NamedTuple):
@@ -31,7 +31,7 @@ def summary(
     return dict(ap=mean(table), ap50=mean(table[:, 0]), ap75=mean(table[:, 5]),
                 per_class={c: float(t.mean()) if s else None for c, t, s in zip(classes, table, seen)})
 
-# %% ../nbs/12c_ap.ipynb #c005
+# %% ../nbs/12c_ap.ipynb #c008
 def overlap(
     a,  # N x 4
     b,  # M x 4
@@ -42,7 +42,7 @@ def overlap(
     area = lambda r: (r[:, 2:] - r[:, :2]).prod(1)
     return shared/(area(a)[:, None] + area(b)[None] - shared).clip(1e-9)
 
-# %% ../nbs/12c_ap.ipynb #c006
+# %% ../nbs/12c_ap.ipynb #c011
 def eleven_points(
     right,  # for each counted answer, most certain first: whether it is right
     total,  # objects that there are to find
@@ -52,7 +52,7 @@ def eleven_points(
     recall, precision = hits/total, hits/np.arange(1, len(right) + 1)
     return float(np.mean([precision[recall >= r].max(initial=0) for r in np.arange(11)/10]))
 
-# %% ../nbs/12c_ap.ipynb #c007
+# %% ../nbs/12c_ap.ipynb #c016
 def nearest_objects(
     rows,   # a `Row` a picture
     found,  # a `Found` a picture
@@ -75,7 +75,7 @@ def nearest_objects(
     order = np.argsort(-score, kind="stable")
     return number[order], iou[order], hard[order], total
 
-# %% ../nbs/12c_ap.ipynb #c008
+# %% ../nbs/12c_ap.ipynb #c018
 def voc_ap(
     rows,     # a `Row` a picture
     found,    # a `Found` a picture
@@ -95,7 +95,7 @@ def voc_ap(
             table[c, t] = eleven_points(right, total)
     return summary(table, classes)
 
-# %% ../nbs/12c_ap.ipynb #c009
+# %% ../nbs/12c_ap.ipynb #c025
 def coco_tables(
     rows, found, classes,  # as in `voc_ap`
 ):
@@ -113,7 +113,7 @@ def coco_tables(
             answers.append(note | (dict(segmentation=f.masks[j]) if len(f.masks) else {}))
     return dict(images=images, annotations=truth, categories=[dict(id=i + 1, name=c) for i, c in enumerate(classes)]), answers
 
-# %% ../nbs/12c_ap.ipynb #c010
+# %% ../nbs/12c_ap.ipynb #c027
 def coco_ap(
     rows, found, classes,  # as in `voc_ap`
     kind="bbox",           # bbox, or segm: the masks
@@ -136,4 +136,4 @@ def coco_ap(
         e.evaluate()
         e.accumulate()
     p = e.eval["precision"][:, :, :, 0, 2]                                      # thresholds x 101 recalls x classes; all sizes, 100 answers
-    return summary(np.where(p < 0, np.nan, p).mean(1).T, classes)
+    return summary(np.where(p < 0, np.nan, p.round(9)).mean(1).T, classes)     # rounded: it adds a tiny number to each count, and 1 would be less than 1

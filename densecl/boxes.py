@@ -84,7 +84,7 @@ def voc_row(
     w, h = (int(float(root.findtext(f"size/{k}") or 0)) for k in ("width", "height"))
     return row(path.stem, (w, h) if w and h else None, objects)
 
-# %% ../nbs/12b_boxes.ipynb #c018
+# %% ../nbs/12b_boxes.ipynb #c020
 VOC_0712 = dict(train=(("VOC2007", "trainval"), ("VOC2012", "trainval")), val=(("VOC2007", "test"),))   # the paper's; train: 16,551, val: 4,952
 
 def voc_years(
@@ -96,7 +96,7 @@ def voc_years(
         if all((p/n).is_dir() for n in ("JPEGImages", "Annotations", "ImageSets/Main")): found[p.resolve().name] = p
     return found
 
-# %% ../nbs/12b_boxes.ipynb #c019
+# %% ../nbs/12b_boxes.ipynb #c021
 def voc_part(
     base,      # a year's folder
     listed,    # the list in ImageSets/Main: trainval
@@ -111,7 +111,7 @@ def voc_part(
     all_there(base.parent, paths, "picture")
     return [str(base.parent/p) for p in paths], [voc_row(base/"Annotations"/f"{n}.xml", classes) for n in names]
 
-# %% ../nbs/12b_boxes.ipynb #c020
+# %% ../nbs/12b_boxes.ipynb #c022
 def voc_boxes(
     root,      # see `voc_years`
     split,     # train, val
@@ -129,7 +129,7 @@ def voc_boxes(
     paths, rows = zip(*(voc_part(years[y], l, classes) for y, l in wanted))
     return Boxes(Files("", sum(paths, [])), sum(rows, []), classes, "voc")
 
-# %% ../nbs/12b_boxes.ipynb #c022
+# %% ../nbs/12b_boxes.ipynb #c028
 def coco_row(
     image,    # an entry of the json's images
     notes,    # its annotations
@@ -146,7 +146,7 @@ def coco_row(
         objects.append(((x, y, x + w, y + h), of[a["category_id"]], False, bool(a.get("iscrowd")), a.get("segmentation") or None))
     return row(Path(image["file_name"]).stem, (image["width"], image["height"]) if "width" in image else None, objects)
 
-# %% ../nbs/12b_boxes.ipynb #c023
+# %% ../nbs/12b_boxes.ipynb #c029
 def coco_json(
     root,   # holds annotations/ and the folders of pictures
     split,  # train, val; COCO adds the year
@@ -175,7 +175,7 @@ def coco_boxes(
     files = all_there(root, [f"{pictures}/{im['file_name']}" for im in images], "picture")
     return Boxes(files, rows, [c["name"] for c in sorted(held["categories"], key=lambda c: c["id"])], "coco")
 
-# %% ../nbs/12b_boxes.ipynb #c024
+# %% ../nbs/12b_boxes.ipynb #c030
 def run_lengths(
     outline,  # COCO's polygons, or run lengths, packed or not
     h, w,     # of the picture
@@ -193,7 +193,7 @@ def stencil(
     from pycocotools import mask
     return mask.decode(run_lengths(outline, h, w))
 
-# %% ../nbs/12b_boxes.ipynb #c026
+# %% ../nbs/12b_boxes.ipynb #c037
 def boxes(
     root,      # of a VOC- or COCO-style tree
     split,     # train, val
