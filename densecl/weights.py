@@ -61,7 +61,9 @@ def whole(
     counters = {k: torch.tensor(0) for k in want if k.endswith("num_batches_tracked")}
     if not counters.keys() & have.keys(): state, have = state | counters, have | dict.fromkeys(counters, ())
     wrong = [f"{k} {list(have[k])} for {list(want[k])}" for k in want if have.get(k, want[k]) != want[k]]
-    for what, odd in (("unmatched", {*have, *strange} - want.keys()), ("missing", want.keys() - have.keys()), ("of another shape", wrong)):
+    ints = [f"{k} {v.dtype}" for k, v in state.items() if k in want.keys() - counters.keys() and not v.is_floating_point()]
+    for what, odd in (("unmatched", {*have, *strange} - want.keys()), ("missing", want.keys() - have.keys()),
+                      ("of another shape", wrong), ("not of floats", ints)):
         if odd: raise UsageError(f"{path}: does not fit {name}{tail}; {what}: {listed(odd)}")
     return {k: state[k] for k in want}, name
 
