@@ -25,7 +25,7 @@ class Row(NamedTuple):
     labels: np.ndarray      # N int64: 1 .. number of classes; 0 is the background
     difficult: np.ndarray   # N bool, VOC
     crowd: np.ndarray       # N bool, COCO
-    outlines: tuple = ()    # N of COCO's polygons or run lengths; () without masks
+    outlines: tuple = ()    # N of COCO's polygons or run lengths, also as JSON text; () without masks
 
 def row(
     name, size,   # see `Row`
@@ -143,7 +143,7 @@ def coco_row(
             raise UsageError(f"{one_line(name)}: annotation {a.get('id')} has category {a['category_id']}, which is out of range; the file names {len(of)} categories")
         x, y, w, h = a["bbox"]
         if w <= 0 or h <= 0: continue
-        objects.append(((x, y, x + w, y + h), of[a["category_id"]], False, bool(a.get("iscrowd")), a.get("segmentation") or None))
+        objects.append(((x, y, x + w, y + h), of[a["category_id"]], False, bool(a.get("iscrowd")), json.dumps(a["segmentation"]) if a.get("segmentation") else None))
     return row(Path(image["file_name"]).stem, (image["width"], image["height"]) if "width" in image else None, objects)
 
 # %% ../nbs/12b_boxes.ipynb #c029
@@ -177,11 +177,12 @@ def coco_boxes(
 
 # %% ../nbs/12b_boxes.ipynb #c030
 def run_lengths(
-    outline,  # COCO's polygons, or run lengths, packed or not
+    outline,  # COCO's polygons, or run lengths, packed or not; or that as JSON text
     h, w,     # of the picture
 ):
     "The outline as COCO's packed run lengths, whatever it was."
     from pycocotools import mask
+    if isinstance(outline, str): outline = json.loads(outline)
     if isinstance(outline, list): return mask.merge(mask.frPyObjects(outline, h, w))
     return mask.frPyObjects(outline, h, w) if isinstance(outline["counts"], list) else outline
 
