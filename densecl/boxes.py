@@ -91,9 +91,9 @@ def voc_years(
     root,  # VOCdevkit, the folder that holds it, or one of its years
 ):
     "The folders with JPEGImages, Annotations and ImageSets/Main: name -> path."
-    root, found = Path(root), {}
+    root, found = Path(os.path.abspath(root)), {}                       # so that "." has a name, and a link keeps its own
     for p in (root, *(q for top in (root, root/"VOCdevkit") for q in sorted(top.glob("*/")))):
-        if all((p/n).is_dir() for n in ("JPEGImages", "Annotations", "ImageSets/Main")): found[p.resolve().name] = p
+        if all((p/n).is_dir() for n in ("JPEGImages", "Annotations", "ImageSets/Main")): found[p.name] = p
     return found
 
 # %% ../nbs/12b_boxes.ipynb #c021

@@ -53,6 +53,7 @@ def sets(
     if train.classes != test.classes: raise UsageError(f"--data-root {config.data_root}: train and val name different classes")
     if len(train) < config.batch_size: raise UsageError(f"--batch-size {config.batch_size}: more than the {len(train)} pictures of train; each step needs a whole batch")
     if len(train) < config.batch_size: raise UsageError(f"--batch-size {config.batch_size}: more than the {len(train)} pictures of train; each step needs a whole batch")
+    if len(train) < config.batch_size: raise UsageError(f"--batch-size {config.batch_size}: more than the {len(train)} pictures of train; each step needs a whole batch")
     seen = test.rows[:config.eval_images or None]
     if not any((~(r.difficult | r.crowd)).any() for r in seen): raise UsageError(f"--data-root {config.data_root}: no object that counts in the {len(seen)} pictures of val")
     return train, test
