@@ -11,7 +11,7 @@ import os, sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
-from . import boxes as trees, dist, finetune, rcnn, transfer, trials, viz
+from . import boxes as trees, dist, finetune, labels, rcnn, transfer, trials, viz
 from .boxviews import TrainViews, as_lists
 from .files import UsageError, nearest, run_main
 
@@ -40,6 +40,7 @@ def check(
 ):
     "Raise `UsageError` when a field is out of range."
     transfer.check(config, world)
+    labels.needs("pycocotools", "COCO's AP")
     if config.detector not in ("", *rcnn.DETECTORS): raise UsageError(f"--detector {config.detector}: choose from {', '.join(rcnn.DETECTORS)}{nearest(config.detector, rcnn.DETECTORS)}")
     for name, low in (("short_side", 32), ("regions", 1), ("proposals", 1), ("pool", 2), ("precise", 0)):
         v = getattr(config, name)
@@ -169,9 +170,8 @@ def main(
     args = transfer.parser(Detect, "densecl.detect", ABOUT).parse_args(argv)
     config = transfer.config_from(Detect, args, PRESETS, "runs/detect")
     check(config, int(os.environ.get("WORLD_SIZE", 1)))
-    starts = [transfer.start_from(w, config.backbone, config.partial) for w in (config.weights, *args.others)]
-    train, test = sets(config)
-    config = replace(config, backbone=starts[0].backbone, detector=config.detector or ("c4" if train.kind == "voc" else "fpn"))
+    start, (train, test) = transfer.starts_from(config, args.others)[0], sets(config)
+    config = replace(config, backbone=start.backbone, detector=config.detector or ("c4" if train.kind == "voc" else "fpn"))
     if config.threads: torch.set_num_threads(config.threads)
     with dist.together():
         device = dist.start(config.device)
