@@ -52,8 +52,11 @@ def sets(
     "The `Boxes` to train on and to test on; raises `UsageError`."
     train, test = (trees.boxes(config.data_root, split, config.preset) for split in ("train", "val"))
     if train.classes != test.classes: raise UsageError(f"--data-root {config.data_root}: train and val name different classes")
+    if config.preset == "coco" and not (train.masks and test.masks): raise UsageError(f"--data-root {config.data_root}: not every object has an outline, which Mask R-CNN learns from; without --preset, --detector fpn trains on the boxes alone")
     if len(train) < config.batch_size: raise UsageError(f"--batch-size {config.batch_size}: more than the {len(train)} pictures of train; each step needs a whole batch")
+    if config.preset == "coco" and not (train.masks and test.masks): raise UsageError(f"--data-root {config.data_root}: not every object has an outline, which Mask R-CNN learns from; without --preset, --detector fpn trains on the boxes alone")
     if len(train) < config.batch_size: raise UsageError(f"--batch-size {config.batch_size}: more than the {len(train)} pictures of train; each step needs a whole batch")
+    if config.preset == "coco" and not (train.masks and test.masks): raise UsageError(f"--data-root {config.data_root}: not every object has an outline, which Mask R-CNN learns from; without --preset, --detector fpn trains on the boxes alone")
     if len(train) < config.batch_size: raise UsageError(f"--batch-size {config.batch_size}: more than the {len(train)} pictures of train; each step needs a whole batch")
     seen = test.rows[:config.eval_images or None]
     if not any((~(r.difficult | r.crowd)).any() for r in seen): raise UsageError(f"--data-root {config.data_root}: no object that counts in the {len(seen)} pictures of val")
@@ -152,11 +155,13 @@ def columns(
 def hints(
     config,  # `Detect`
     device,  # of this process
+    masks=True,  # whether the objects have outlines
 ):
     "What a user should know before a run begins: lines."
     paper, c, lines = Detect(**PRESETS["voc" if config.detector == "c4" else "coco"]), config, []
     if c.max_steps != paper.max_steps: lines.append(f"the schedule of {paper.max_steps} steps is scaled to {c.max_steps}, its drops with it")
     if c.batch_size != 16 and c.lr == .02: lines.append(f"--lr 0.02 is for 16 pictures a step; for {c.batch_size} it would be {.02*c.batch_size/16:g}")
+    if c.detector == "fpn" and not masks: lines.append("not every object has an outline: Faster R-CNN, on the boxes alone")
     if dist.world() > 1 and device.type != "cuda": lines.append("SyncBN needs GPUs; on the CPU each process keeps a BN of its own")
     return lines
 
@@ -175,7 +180,7 @@ def main(
     if config.threads: torch.set_num_threads(config.threads)
     with dist.together():
         device = dist.start(config.device)
-        for line in hints(config, device) if dist.rank() == 0 else (): print(f"hint: {line}", file=sys.stderr)
+        for line in hints(config, device, train.masks) if dist.rank() == 0 else (): print(f"hint: {line}", file=sys.stderr)
         task = lambda trial, start: train_and_score(trial, start, train, test, device)
         shown = columns(train.classes == trees.VOC_CLASSES[1:], train.kind == "voc", config.detector == "fpn" and train.masks)
         trials.compare(config, args.others, task, "ap", shown, as_published(config, train, test))

@@ -141,13 +141,15 @@ def test_wrong_input_ends_in_one_line(voc, coco, tmp_path):
     (tmp_path/"page.pth").write_text("<html>404</html>")
     dgo = spoil(voc, tmp_path/"dgo", "VOC2012/Annotations/2.xml", "<name>cat", "<name>cta")
     far = spoil(coco, tmp_path/"far", "annotations/instances_val2017.json", '"category_id": 17', '"category_id": 18')
+    bare = spoil(coco, tmp_path/"bare", "annotations/instances_train2017.json", '"segmentation"', '"outline"')
     none = spoil(voc, tmp_path/"none", "VOC2012/ImageSets/Main/val.txt", "\n", "\n")
     (none/"VOC2012/ImageSets/Main/val.txt").unlink()
     at = lambda tree, weights="random": ["--weights", weights, "--data-root", tree]
     cases = [(at(tmp_path/"nowhere"), "no such folder"), (at(tmp_path), "no tree with boxes"), (at(dgo), "'cta' is none of the 20 classes; did you mean cat?"),
              (at(far), "category 18, which is out of range"), (at(none), "no list ImageSets/Main/val.txt"), (at(voc, tmp_path/"other.pth"), "other.pth"),
              (at(voc, tmp_path/"page.pth"), "page.pth"), (at(voc, "nothing.pth"), "nothing.pth"), (at(voc) + ["--preset", "voc"], "the preset voc needs VOC2007"),
-             (at(voc) + ["--preset", "coco"], "is a VOC tree"), ([*at(voc, tmp_path/"r18.pth"), "--backbone", "resnet50"], "is a resnet18, not a resnet50"),
+             (at(voc) + ["--preset", "coco"], "is a VOC tree"),
+             (at(bare) + ["--preset", "coco", "--batch-size", "2"], "not every object has an outline"), ([*at(voc, tmp_path/"r18.pth"), "--backbone", "resnet50"], "is a resnet18, not a resnet50"),
              (at(voc) + ["--short-side", "9"], "--short-side 9: must be at least 32"), (at(voc) + ["--batch-size", "7"], "more than the 6 pictures of train"),
              (at(voc) + ["--proposal", "9"], "did you mean --proposals?"), (at(voc) + ["--from", "gone.pth"], "gone.pth")]
     for argv, hint in cases:
