@@ -54,10 +54,6 @@ def sets(
     if train.classes != test.classes: raise UsageError(f"--data-root {config.data_root}: train and val name different classes")
     if config.preset == "coco" and not (train.masks and test.masks): raise UsageError(f"--data-root {config.data_root}: not every object has an outline, which Mask R-CNN learns from; without --preset, --detector fpn trains on the boxes alone")
     if len(train) < config.batch_size: raise UsageError(f"--batch-size {config.batch_size}: more than the {len(train)} pictures of train; each step needs a whole batch")
-    if config.preset == "coco" and not (train.masks and test.masks): raise UsageError(f"--data-root {config.data_root}: not every object has an outline, which Mask R-CNN learns from; without --preset, --detector fpn trains on the boxes alone")
-    if len(train) < config.batch_size: raise UsageError(f"--batch-size {config.batch_size}: more than the {len(train)} pictures of train; each step needs a whole batch")
-    if config.preset == "coco" and not (train.masks and test.masks): raise UsageError(f"--data-root {config.data_root}: not every object has an outline, which Mask R-CNN learns from; without --preset, --detector fpn trains on the boxes alone")
-    if len(train) < config.batch_size: raise UsageError(f"--batch-size {config.batch_size}: more than the {len(train)} pictures of train; each step needs a whole batch")
     seen = test.rows[:config.eval_images or None]
     if not any((~(r.difficult | r.crowd)).any() for r in seen): raise UsageError(f"--data-root {config.data_root}: no object that counts in the {len(seen)} pictures of val")
     return train, test
@@ -97,14 +93,14 @@ def train_and_score(
     if c.precise: rcnn.precise_bn(model, (finetune.to(device, *b) for b in trials.fetched(batches(0, c.precise))))
     found = finetune.find(model, test, c.eval_images or len(test), c.short_side, p.longest, c.workers)
     if trial.first_rank: gallery(test, found).savefig(trial.folder/"detections.png")
-    return finetune.scores(test, found, masks)
+    return finetune.scores(test, found, masks and test.masks)
 
 # %% ../nbs/18_detect.ipynb #c018
 def gallery(
     boxes,  # `Boxes`
     found,  # number -> `Found`
     n=6,    # pictures
-    sure=.5,  # answers to draw: at least so sure
+    sure=.5,  # answers to draw: those at least so sure, and three in any case
 ):
     "Pictures in pairs: the truth (grey: does not count), then what was found, green where it is right."
     chosen = [sorted(found)[i] for i in torch.linspace(0, len(found) - 1, min(n, len(found))).long().tolist()]
@@ -182,7 +178,7 @@ def main(
         device = dist.start(config.device)
         for line in hints(config, device, train.masks) if dist.rank() == 0 else (): print(f"hint: {line}", file=sys.stderr)
         task = lambda trial, start: train_and_score(trial, start, train, test, device)
-        shown = columns(train.classes == trees.VOC_CLASSES[1:], train.kind == "voc", config.detector == "fpn" and train.masks)
+        shown = columns(train.classes == trees.VOC_CLASSES[1:], train.kind == "voc", config.detector == "fpn" and train.masks and test.masks)
         trials.compare(config, args.others, task, "ap", shown, as_published(config, train, test))
 
 if __name__ == "__main__" and "__file__" in globals(): run_main(main)
