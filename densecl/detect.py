@@ -24,7 +24,7 @@ class Detect(transfer.Transfer):
     lr: float = 0.02                 # after the warm-up, for 16 pictures a step
     weight_decay: float = 1e-4       # on everything but BN
     detector: str = ""               # c4: Faster R-CNN C4; fpn: Mask R-CNN FPN (Faster R-CNN where there are no masks); empty: c4, on a COCO tree fpn
-    short_side: int = 800            # of pictures in the test, in pixels; sizes in training and anchors are scaled alike
+    short_side: int = 800            # of pictures in the test, in pixels; sizes in training and c4's anchors are scaled alike
     regions: int = 512               # regions a picture that the head learns from
     proposals: int = 1000            # regions a picture that the head looks at in the test
     pool: int = 14                   # cells along a side of a region, c4
@@ -67,9 +67,9 @@ def build(
 ):
     "(the detector, whether it learns masks)."
     net = transfer.resnet(start, seed)
-    scale, masks = config.short_side/800, config.detector == "fpn" and boxes.masks
-    if config.detector == "c4": model = rcnn.c4(net, len(boxes.classes), config.regions, config.pool, (12000, 2000, 6000, config.proposals), scale)
-    else: model = rcnn.fpn(net, len(boxes.classes), config.regions, (2000, 1000, 1000, config.proposals), masks, scale)
+    masks = config.detector == "fpn" and boxes.masks
+    if config.detector == "c4": model = rcnn.c4(net, len(boxes.classes), config.regions, config.pool, (12000, 2000, 6000, config.proposals), config.short_side/800)
+    else: model = rcnn.fpn(net, len(boxes.classes), config.regions, (2000, 1000, 1000, config.proposals), masks)
     return model, masks
 
 # %% ../nbs/18_detect.ipynb #c016

@@ -184,17 +184,16 @@ def fpn(
     backbone, classes,  # as for `c4`
     regions=512, keep=(2000, 1000, 1000, 1000),
     masks=True,         # Mask R-CNN; False: Faster R-CNN
-    scale=1.,           # of the anchors
 ):
     "Mask R-CNN FPN: five maps of 256 channels, a box head of 4 convolutions and 1 linear layer, a mask head of 4 convolutions, BN in all of them."
     norm, stages = nn.BatchNorm2d, {f"layer{i}": str(i) for i in range(1, 5)}
     body = BackboneWithFPN(backbone, stages, widths(backbone), 256, LastLevelMaxPool(), norm)
-    rpn = proposer(256, tuple((s*scale,) for s in SIZES), keep)
+    rpn = proposer(256, tuple((s,) for s in SIZES), keep)
     mask = (Align(14, [4, 8, 16, 32]), MaskRCNNHeads(256, [256]*4, 1, norm), MaskRCNNPredictor(256, 256, classes + 1)) if masks else ()
     box = FastRCNNConvFCHead((256, 7, 7), [256]*4, [1024], norm)
     return GeneralizedRCNN(body, rpn, heads(Align(7, [4, 8, 16, 32]), box, 1024, classes, regions, *mask), Ready(800, 1333, MEAN, STD, size_divisible=32))
 
-# %% ../nbs/17c_rcnn.ipynb #c047
+# %% ../nbs/17c_rcnn.ipynb #c049
 def freeze(
     model,  # from `c4` or `fpn`
 ):
@@ -204,7 +203,7 @@ def freeze(
     for m in parts: m.requires_grad_(False)
     return parts
 
-# %% ../nbs/17c_rcnn.ipynb #c050
+# %% ../nbs/17c_rcnn.ipynb #c052
 @torch.no_grad()
 def precise_bn(
     model,    # in train mode
