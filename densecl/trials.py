@@ -245,14 +245,14 @@ PAPER_COLUMNS = ("ap", "ap50", "ap75", "miou")
 # %% ../nbs/16c_trials.ipynb #c034
 def table(
     results,     # one `summary` a start
-    columns,     # heading -> (the paper's figure: one of `PAPER_COLUMNS`, ours: a score's name)
+    columns,     # heading -> (the paper's figure: one of `PAPER_COLUMNS`, or None where it has none; ours: a score's name)
     comparable,  # whether ours follows the paper's protocol on the paper's data
 ):
     "Paper and ours, a row a start, in percent; a line below says whether they may be compared."
     rows = [("", "start", "backbone", *columns)]
     for name, data, backbone, *figures in PAPER:
         known = dict(zip(PAPER_COLUMNS, figures))
-        cells = [known[theirs] for theirs, _ in columns.values()]
+        cells = [known.get(theirs) for theirs, _ in columns.values()]
         if any(v is not None for v in cells): rows.append(("paper", f"{name}, {data}".removesuffix(", -"), backbone, *("-" if v is None else f"{v:.1f}" for v in cells)))
     for r in results:
         got = lambda k: (r[f"{k}_mean"], r[f"{k}_std"]) if f"{k}_mean" in r else (r[k], r[f"{k}_std"])
@@ -262,7 +262,8 @@ def table(
     lines = ["  ".join(v.ljust(w) for v, w in zip(row, width)).rstrip() for row in rows]
     c = results[0]["config"]
     note = "the paper's protocol on the paper's data" if comparable else f"ours is NOT the paper's setting: {c['max_steps']} steps of {c['batch_size']} pictures on {Path(c['data_root']).name}; compare ours with ours only"
-    return "\n".join([*lines, f"paper: means of 5 trials; ours: {results[0]['trials']} trial{'s' if results[0]['trials'] > 1 else ''}, ± one deviation; {note}"])
+    ours = f"ours: {results[0]['trials']} trial{'s' if results[0]['trials'] > 1 else ''}, ± one deviation"
+    return "\n".join(lines + [f"paper: means of 5 trials; {ours}; {note}" if any(theirs for theirs, _ in columns.values()) else ours])
 
 # %% ../nbs/16c_trials.ipynb #c036
 def compare(
