@@ -36,7 +36,7 @@ def grids(
     from densecl.augment import normalise
     from densecl.encoder import unit
     if features == "dense" and encoder.dense_head is None:
-        raise UsageError("--features dense: these weights have no dense head (MoCo-v2); use --features backbone")
+        raise UsageError("--features dense: these weights have no dense head (MoCo-v2, or a backbone alone); use --features backbone")
     with torch.no_grad(): out = [encoder(normalise(im)[None]) for im in images]
     return [e.r if features == "dense" else unit(e.f) for e in out]
 
@@ -89,9 +89,9 @@ def figure(
 def main(
     argv,  # the arguments
 ):
-    "Draw the matches of two pictures by the weights of a run."
+    "Draw the matches of two pictures by a run's features, or by those of any file of weights."
     p = Parser(prog="densecl.show", description=main.__doc__, allow_abbrev=False)
-    p.add_argument("--weights", required=True, help="last.pt, or a numbered checkpoint, of a run")
+    p.add_argument("--weights", required=True, help="a run's last.pt, any file of weights, or a released one's name: coco-800ep")
     p.add_argument("--images", required=True, nargs=2, metavar=("A", "B"), help="two picture files")
     p.add_argument("--out", default="matches.png", help="the picture to write (.png, .jpg, .pdf)")
     p.add_argument("--size", type=int, default=320, help="short side in pixels, as the network sees the pictures")
@@ -104,9 +104,10 @@ def main(
         raise UsageError(f"--out {args.out}: must end in .png, .jpg or .pdf")
     if not out.absolute().parent.is_dir(): raise UsageError(f"--out {args.out}: its folder is not there")
     pictures = [load_picture(path, args.size) for path in args.images]
-    from densecl.weights import load_encoder
-    figure(load_encoder(args.weights), *pictures, args.features, args.lines).savefig(args.out, dpi=110)
-    print(f"wrote {args.out}")
+    from densecl.weights import load_features
+    encoder = load_features(args.weights)
+    figure(encoder, *pictures, args.features, args.lines).savefig(args.out, dpi=110)
+    print(f"wrote {args.out}" + ("" if encoder.dense_head else "; the weights have no dense head: backbone features"))
 
 # %% ../nbs/19_show.ipynb #c018
 if __name__ == "__main__" and "__file__" in globals(): run_main(main)
