@@ -165,6 +165,7 @@ def fit(
             log.add(parts)
             if step % config.log_every == 0 or step == last: log.row(step, rate(step - 1))
             if step % config.save_every == 0 or step == last: trial.save(step, model, optimizer)
+    dist.broadcast_(model.buffers())                                                 # plain BN: the statistics that were saved, on every rank
     return model
 
 # %% ../nbs/16c_trials.ipynb #c024

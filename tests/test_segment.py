@@ -31,7 +31,7 @@ def tree(tmp_path_factory):
         rng = np.random.default_rng(i)
         mask = np.kron(rng.integers(0, 3, (3, 4)), np.ones((16, 16))).astype(np.uint8)          # 48 x 64
         mask[:2] = 255
-        picture = np.stack([mask*80 % 256, 200 - mask*60 % 200, rng.integers(0, 256, mask.shape)], -1).astype(np.uint8)
+        picture = np.stack([mask % 3*80, 200 - mask % 3*60, rng.integers(0, 256, mask.shape)], -1).astype(np.uint8)
         Image.fromarray(picture).save(base/f"JPEGImages/{i:02d}.jpg")
         Image.fromarray(mask).save(base/f"SegmentationClass/{i:02d}.png")
     (base/"classes.txt").write_text("ground\none\ntwo\n")
@@ -122,7 +122,7 @@ def test_weights_that_do_not_fit_are_refused(tree, tmp_path):
     torch.save(deep, tmp_path/"deep.pth")
     torch.save({k: v for k, v in state.items() if not k.startswith("layer4.1")}, tmp_path/"holes.pth")
     torch.save({k: v for k, v in state.items() if not k.startswith("fc.")}, tmp_path/"whole.pth")
-    for args, hint in ((["--weights", tmp_path/"deep.pth"], "deep stem"), (["--weights", tmp_path/"holes.pth"], "resnet"), (["--weights", tmp_path/"whole.pth", "--backbone", "resnet50"], "is a resnet18, not a resnet50"),
+    for args, hint in ((["--weights", tmp_path/"deep.pth"], "deep stem"), (["--weights", tmp_path/"holes.pth"], "not a ResNet"), (["--weights", tmp_path/"whole.pth", "--backbone", "resnet50"], "is a resnet18, not a resnet50"),
                        (["--weights", tmp_path/"nothing.pth"], "nothing.pth"), (["--weights", "random", "--from", tmp_path/"deep.pth"], "deep stem")):
         line = ["--data-root", str(tree), "--out", str(tmp_path/"out"), *SMALL, *map(str, args)]
         if "--backbone" not in args and "random" not in args: line.remove("--backbone"), line.remove("resnet18")
@@ -138,5 +138,5 @@ def test_real_masks_against_themselves_score_one(name, split, kind, classes):
     some = [found.mask(i) for i in range(0, len(found), 5)]
     got = labels.miou(((np.where(m == 255, 0, m), m) for m in some), found.num_classes)
     assert found.num_classes == classes and got["miou"] == got["accuracy"] == 1
-    assert sum(v is not None for v in got["per_class"]) >= 15
+    assert sum(v is not None for v in got["per_class"]) >= 10
     found.load(len(found) - 1)
