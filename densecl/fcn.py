@@ -80,7 +80,7 @@ def losses(
     x, mask,  # N x 3 x H x W; N x H x W int64, 255 void
     aux=.4,   # weight of the second head's loss
 ):
-    "dict(loss, loss_aux), weighted: what is minimised is their sum."
+    "dict(loss_out, loss_aux), weighted: what is minimised is their sum."
     out = model(x)
     each = lambda logits: F.cross_entropy(logits, mask, reduction="none", ignore_index=255).mean()
     return dict(loss_out=each(out["out"]), loss_aux=aux*each(out["aux"]))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VOID', 'VOC_CLASSES', 'CITYSCAPES', 'table', 'numbers', 'classes_in', 'Masks', 'all_there', 'voc_base', 'voc_names',
-           'voc', 'cityscapes', 'Drawn', 'coco_masks', 'masks', 'colours', 'paint', 'miou']
+           'voc', 'cityscapes', 'needs', 'Drawn', 'coco_masks', 'masks', 'colours', 'paint', 'miou']
 
 # %% ../nbs/12_labels.ipynb #c002
-import io, json, os
+import importlib.util, io, json, os
 from pathlib import Path
 import numpy as np
 from PIL import Image
@@ -170,6 +170,14 @@ def cityscapes(
     return Masks(Files(root, found), masks, CITYSCAPES.values(), meaning)
 
 # %% ../nbs/12_labels.ipynb #c029
+def needs(
+    package,  # a package of the extra `transfer`
+    what,     # needs it
+):
+    "Raise `UsageError` when the package is not installed: before a run, not at its end."
+    if importlib.util.find_spec(package) is None: raise UsageError(f"{what} needs {package}: pip install 'densecl[transfer]'")
+
+# %% ../nbs/12_labels.ipynb #c031
 class Drawn(Source):
     "Masks drawn from COCO's instances when they are asked for: class 0 is background, then the categories in order; crowds are void."
     def __init__(self,
@@ -200,7 +208,7 @@ class Drawn(Source):
             if s: mask[rle.decode(s) > 0] = c
         return mask
 
-# %% ../nbs/12_labels.ipynb #c030
+# %% ../nbs/12_labels.ipynb #c032
 def coco_masks(
     root,           # holds annotations and the folders of pictures
     split,          # train, val: the year is added
@@ -218,6 +226,7 @@ def coco_masks(
         found = sorted(n for n in os.listdir(notes/folder) if n.endswith(".png"))
         pictures = all_there(root, [f"{split}/{Path(n).stem}.jpg" for n in found], "picture")
         return Masks(pictures, Files(notes/folder, found), known.values(), table(known, void=[0]))
+    needs("pycocotools", "drawing masks from COCO's instances")
     path = notes/f"instances_{split}.json"
     try: held = json.loads(path.read_bytes())
     except (OSError, ValueError): raise UsageError(f"--data-root {one_line(root)}: annotations/instances_{split}.json is missing or no json; COCO's masks are drawn from it") from None
@@ -225,7 +234,7 @@ def coco_masks(
     classes = ["background"] + [c["name"] for c in held["categories"]]
     return Masks(pictures, Drawn(held), classes, table(range(len(classes))))
 
-# %% ../nbs/12_labels.ipynb #c032
+# %% ../nbs/12_labels.ipynb #c034
 def masks(
     root,           # of a VOC-, COCO- or Cityscapes-style tree
     split,          # train, val, train_aug (VOC)
@@ -240,11 +249,11 @@ def masks(
     raise UsageError(f"--data-root {one_line(root)}: no tree with masks; it needs VOC's JPEGImages, SegmentationClass and ImageSets/Segmentation, "
                      "Cityscapes' leftImg8bit and gtFine, or COCO's annotations")
 
-# %% ../nbs/12_labels.ipynb #c036
+# %% ../nbs/12_labels.ipynb #c038
 def colours(
     n=256,  # how many
 ):
-    "VOC's colour of each class: n x 3 uint8. Three bits of the number a channel bit, the lowest first."
+    "VOC's colour of each class: n x 3 uint8. The number's bits are dealt to red, green, blue in turn, and fill each channel from its highest bit."
     c = np.arange(n)
     return np.stack([sum((c >> 3*j + channel & 1) << 7 - j for j in range(3)) for channel in range(3)], 1).astype(np.uint8)
 
@@ -259,7 +268,7 @@ def paint(
     mixed = picture*(1 - share) + over*share
     return np.where((np.asarray(mask) == 0)[..., None], picture, mixed).astype(np.uint8)
 
-# %% ../nbs/12_labels.ipynb #c041
+# %% ../nbs/12_labels.ipynb #c043
 def miou(
     pairs,        # (prediction, mask) each: H x W whole numbers, arrays or tensors; where the mask is 255 nothing is counted
     num_classes,  # predictions and masks are below it

@@ -136,6 +136,7 @@ def sets(
     config,  # `Segment`
 ):
     "The `labels.Masks` to train and to score on; raises `UsageError`."
+    labels.needs("torchmetrics", "mIoU")
     train, test = (labels.masks(config.data_root, s) for s in (config.train_split, config.val_split))
     if train.classes != test.classes: raise UsageError(f"--data-root {config.data_root}: {config.train_split} has {train.num_classes} classes and {config.val_split} {test.num_classes}")
     for m in (train, test):
@@ -173,8 +174,8 @@ def main(
     config = transfer.config_from(Segment, args, PRESETS, "runs/segment")
     transfer.check(config, int(os.environ.get("WORLD_SIZE", 1)))
     if config.crop_size < 32: raise UsageError(f"--crop-size {config.crop_size}: must be at least 32 pixels")
-    starts = [transfer.start_from(w, config.backbone, config.partial) for w in (config.weights, *args.others)]
-    config, (train, test) = replace(config, backbone=starts[0].backbone), sets(config)
+    config = replace(config, backbone=transfer.starts_from(config, args.others)[0].backbone)
+    train, test = sets(config)
     if config.threads: torch.set_num_threads(config.threads)
     columns = {"mIoU": ("miou" if train.classes == labels.VOC_CLASSES else None, "miou")}
     with dist.together():

@@ -20,7 +20,7 @@ from .checkpoint import RunLog, load, save
 from .data import Batches
 from .feed import one_thread
 from .files import RunError, UsageError, atomic, lock
-from .transfer import parallel, start_from
+from .transfer import parallel, starts_from
 
 # %% ../nbs/16c_trials.ipynb #c011
 class Trial:
@@ -276,8 +276,7 @@ def compare(
     comparable,  # see `table`
 ):
     "Run the task from config.weights, in config.out, and from each other start, below it; prints the table, gives the summaries."
-    start = start_from(config.weights, config.backbone, config.partial)
-    starts = [start] + [start_from(w, start.backbone, config.partial) for w in others]
+    starts = starts_from(config, others)
     folders = [config.out] + [str(Path(config.out)/"from"/f"{n}-{Path(s.name).stem}") for n, s in enumerate(starts[1:], 1)]
     results = []
     for s, out in zip(starts, folders):
