@@ -176,7 +176,7 @@ def resnet(
     net.load_state_dict(state | {k: net.state_dict()[k] for k in left_out})         # strict
     return net
 
-# %% ../nbs/16b_transfer.ipynb #c037
+# %% ../nbs/16b_transfer.ipynb #c039
 def parallel(
     model,   # on its device
     device,  # this process's
