@@ -1,10 +1,13 @@
 """Options and made-up pictures that several test files share."""
+import signal
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job has Ctrl-C switched off, and its children inherit that
 
 
 def pytest_addoption(parser):

@@ -36,16 +36,10 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def hear_interrupts():
-    """A shell's background job has SIGINT switched off, and its children inherit that; a user's terminal doesn't."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def start(*argv, code=None, **kw):
     """`python -m densecl.data` (or a few lines of Python) as a process that is left running."""
     env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     call = [sys.executable, "-c", code] if code else [sys.executable, "-m", "densecl.data"]
-    kw.setdefault("preexec_fn", hear_interrupts)
     return subprocess.Popen([*call, *map(str, argv)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 
