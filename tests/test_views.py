@@ -13,7 +13,8 @@ from torchvision import transforms
 from densecl.augment import Recipe, TransformTwice, TwoViews
 from densecl.config import Config
 from densecl.data import open_source
-from densecl.trainer import ByKey, loader, train
+from densecl.feed import ByKey, loader
+from densecl.trainer import train
 
 TINY = Config(backbone="resnet18-layer2", image_size=32, batch_size=4, queue_len=12, dim=8, hidden=16, workers=0, threads=1, epochs=2, log_every=1,
               momentum=.9, lr=.01)
