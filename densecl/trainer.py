@@ -19,7 +19,7 @@ from .data import HELD_OUT, BadPicture, Tiles
 from .doctor import Watch
 from .encoder import Encoder, build_backbone
 from .evaluate import ask, batch_figure, in_a_line, match_figure, probe_views
-from .feed import BadPictures, Waiting, loader, on_device, two_views
+from .feed import BadPictures, Waiting, let_go, loader, on_device, two_views
 from .files import RunError, UsageError
 from .meter import Meter, peak_memory
 from .model import DenseCL, MoCo
@@ -213,7 +213,9 @@ def fetch(
     "The next batch; a set of which nothing can be decoded ends the run with a `RunError`."
     asked = time.perf_counter()
     try: return next(batches)
-    except BadPicture as e: raise RunError(str(e).strip().splitlines()[-1].split("BadPicture: ", 1)[-1]) from None
+    except BadPicture as e:
+        let_go(e)
+        raise RunError(str(e).strip().splitlines()[-1].split("BadPicture: ", 1)[-1]) from None
     finally: meter.wait += time.perf_counter() - asked
 
 # %% ../nbs/15_trainer.ipynb #c030

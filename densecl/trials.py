@@ -18,7 +18,7 @@ from tqdm import tqdm
 from . import dist
 from .checkpoint import RunLog, load, save
 from .data import Batches
-from .feed import one_thread
+from .feed import let_go, one_thread
 from .files import RunError, UsageError, atomic, lock
 from .transfer import parallel, starts_from
 
@@ -95,7 +95,9 @@ def fetched(
     while True:
         try: batch = next(batches)
         except StopIteration: return
-        except UsageError as e: raise RunError(re.sub(r"^densecl\.[\w.]+: ", "", str(e).strip().splitlines()[-1])) from None
+        except UsageError as e:
+            let_go(e)
+            raise RunError(re.sub(r"^densecl\.[\w.]+: ", "", str(e).strip().splitlines()[-1])) from None
         yield batch
 
 # %% ../nbs/16c_trials.ipynb #c016
