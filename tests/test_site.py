@@ -39,7 +39,7 @@ def test_nothing_is_fetched_and_no_formula_is_left_as_text(pages):
 
 def test_every_picture_has_words_for_those_who_cannot_see_it(pages):
     missing = [name for name, text in pages[0].items() for tag in re.findall(r"<img[^>]*>", text)
-               if not re.search(r'alt="[^"]{15,}"', tag) or "No description" in tag]
+               if not re.search(r"""alt=("[^"]{15,}"|'[^']{15,}')""", tag) or "No description" in tag]
     assert not missing, f"pictures without a caption in italics right below them: {missing}"
 
 
