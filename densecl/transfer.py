@@ -149,7 +149,7 @@ def start_from(
     stages = ("layer1", "layer2", "layer3", "layer4")
     fresh = stages[stages.index(last) + 1:] if last else ()
     if fresh and not partial:
-        raise UsageError(f"--weights {one_line(weights)}: a {base} that ends after {last}; with --partial, {' and '.join(fresh)} start fresh")
+        raise UsageError(f"--weights {one_line(weights)}: a {base} that ends after {last}; with --partial the rest starts fresh: {', '.join(fresh)}")
     return Start(str(weights), base, state, sha256(path), fresh)
 
 # %% ../nbs/16b_transfer.ipynb #c024

@@ -282,7 +282,7 @@ def compare(
     folders = [config.out] + [str(Path(config.out)/"from"/f"{n}-{Path(s.name).stem}") for n, s in enumerate(starts[1:], 1)]
     results = []
     for s, out in zip(starts, folders):
-        if dist.rank() == 0 and s.fresh: print(f"densecl: {s.name} ends early: {', '.join(s.fresh)} of the {s.backbone} start fresh", file=sys.stderr)
+        if dist.rank() == 0 and s.fresh: print(f"densecl: {s.name} ends early; of the {s.backbone} these stages start fresh: {', '.join(s.fresh)}", file=sys.stderr)
         results.append(run(replace(config, weights=s.name, backbone=s.backbone, out=out), s, task, metric))
     if dist.rank() == 0: print(table(results, columns, comparable))
     return results

@@ -27,7 +27,7 @@ nav a { display: block; padding: .16rem .5rem; border-radius: .3rem; color: var(
 main { max-width: 50rem; margin: 0 auto 4rem calc(17rem + max(2rem, (100vw - 17rem - 50rem)/2)); padding: 1rem 1.5rem }
 h1, h2, h3 { line-height: 1.25; margin: 2em 0 .6em } h1 { margin-top: .6em } blockquote { margin: 0; padding: .2em 1em; border-left: 3px solid var(--blue); color: var(--soft) }
 pre { margin: .6em 0; padding: .7em .9em; overflow-x: auto; font: .82rem/1.5 ui-monospace, Menlo, Consolas, monospace }
-div.highlight pre { background: var(--paper); border-radius: .4rem } .export div.highlight pre { border-left: 3px solid #86b58a }
+pre { background: var(--paper); border-radius: .4rem } .output pre { background: none; border-radius: 0 } .export div.highlight pre { border-left: 3px solid #86b58a }
 .output pre { color: var(--soft); border-left: 3px solid var(--line) } code { font: .88em ui-monospace, Menlo, Consolas, monospace }
 img, svg { max-width: 100%; height: auto } table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .92rem }
 th, td { padding: .3em .8em; border-bottom: 1px solid var(--line); text-align: left } math { font-size: 1.05em } math[display=block] { overflow-x: auto; margin: .8em 0 }
