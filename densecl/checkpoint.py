@@ -124,7 +124,7 @@ def same_run(
     config,  # `Config`
 ):
     "Raise `UsageError` that names the fields in which the checkpoint's run differs."
-    now = asdict(config)
+    now, saved = asdict(config), asdict(Config()) | saved                    # a choice that is newer than the checkpoint: its default
     differ = [k for k in now if k not in MAY_CHANGE and saved.get(k) != now[k]]
     if not differ: return
     where = f"--out {config.out}" if config.resume in ("auto", "never") else f"--resume {config.resume}"

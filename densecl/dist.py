@@ -143,8 +143,10 @@ class Shuffle:
     def __init__(self,
                  batch,   # pictures a rank, B
                  device,  # of the pictures
+                 on=True, # False: every picture stays where it is
     ):
-        if world() == 1: return        # BN sees the same batch in any order
+        self.on = on and world() > 1   # of one process, BN sees the same batch in any order
+        if not self.on: return
         self.perm = torch.randperm(world()*batch).to(device)
         td.broadcast(self.perm, 0)
         self.send, self.fill, counts = routes(self.perm, world(), rank())
@@ -162,11 +164,11 @@ class Shuffle:
              x,  # B x ..., this rank's pictures
     ):
         "The pictures perm[r B : (r + 1) B] of the whole batch, B x ..."
-        return x if world() == 1 else self.exchange(x, self.send, self.fill, self.out, self.into)
+        return self.exchange(x, self.send, self.fill, self.out, self.into) if self.on else x
 
     @torch.no_grad()
     def back(self,
              x,  # B x ..., what became of the dealt pictures
     ):
         "The same for this rank's own pictures, B x ..."
-        return x if world() == 1 else self.exchange(x, self.fill, self.send, self.into, self.out)
+        return self.exchange(x, self.fill, self.send, self.into, self.out) if self.on else x

@@ -28,7 +28,8 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # strides 4, 8, 16, 32
 
 def build_backbone(
-    name="resnet50",  # one of `BACKBONES`; a cut one ends in its last stage: "resnet18-layer3"
+    name="resnet50",   # one of `BACKBONES`; a cut one ends in its last stage: "resnet18-layer3"
+    padding="zeros",   # what convolutions see beyond the edge: zeros, reflect or replicate
 ):
     "A fresh ResNet N x 3 x H x W -> N x C x h x w, without pooling and fc, and C; raises `ValueError`."
     import torchvision          # here, not above: it loads PIL, and the model shall not need pictures
@@ -41,6 +42,8 @@ def build_backbone(
     keep = ("conv1", "bn1", "relu", "maxpool") + STAGES[:depth + 1]
     backbone = nn.Sequential(OrderedDict((k, getattr(net, k)) for k in keep))  # torchvision's names
     init_backbone_(backbone)
+    for m in backbone.modules():
+        if isinstance(m, nn.Conv2d): m.padding_mode = padding
     return backbone, 64*2**depth*net.layer1[0].expansion       # doubled by each stage; bottlenecks: times 4
 
 # %% ../nbs/04_encoder.ipynb #c033

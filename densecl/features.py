@@ -102,7 +102,7 @@ def pictures(
     return Files(base/"JPEGImages", [f"{l.split()[0]}.jpg" for l in listed.read_text().splitlines() if l.strip()])
 
 # %% ../nbs/12b_features.ipynb #c020
-BARE = dict(hidden=1, dim=1, grid=0, method="mocov2", seed=0)   # a backbone without heads that mean anything
+BARE = dict(hidden=1, dim=1, grid=0, method="mocov2", padding="zeros", seed=0)   # a backbone without heads that mean anything
 
 def fresh(
     recipe,  # dict: backbone, hidden, dim, grid, method, seed
@@ -110,7 +110,7 @@ def fresh(
     "The network as a run with this recipe begins; torch's generator is left as it was. Raises `UsageError`."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe["seed"])
-        try: backbone, channels = build_backbone(recipe["backbone"])
+        try: backbone, channels = build_backbone(recipe["backbone"], recipe.get("padding", "zeros"))
         except ValueError as e: raise UsageError(f"--backbone {recipe['backbone']}: {e}") from None
         dense = recipe["method"] == "densecl"
         return Encoder(backbone, channels, recipe["hidden"], recipe["dim"], recipe["grid"] or None, dense).eval()
@@ -133,7 +133,7 @@ def network(
         recipe = dict(backbone=backbone, hidden=2048, dim=128, grid=0, method="densecl", seed=seed)
         return recipe, fresh(recipe)
     c = config_in(path)
-    if c: return {k: c[k] for k in ("backbone", *BARE)}, weights.load_encoder(path)
+    if c: return dict(BARE) | {k: c[k] for k in ("backbone", *BARE) if k in c}, weights.load_encoder(path)
     state, name = weights.backbone_state(path)
     encoder = fresh(dict(BARE, backbone=name))
     encoder.backbone.load_state_dict(state)

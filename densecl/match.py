@@ -68,7 +68,8 @@ def true_match(
     h, w,      # the grid of both
 ):
     "The key cell that shows the point in each query cell's middle: N x hw int64, -1 where none does."
-    p = to_view(to_picture(centres(h, w, affine_q.device), affine_q), affine_k)   # N x hw x 2
+    with torch.autocast(affine_q.device.type, enabled=False):                     # pixels need all their digits
+        p = to_view(to_picture(centres(h, w, affine_q.device), affine_q), affine_k)   # N x hw x 2
     col, row = (p[..., 0]*w).floor().long(), (p[..., 1]*h).floor().long()
     inside = (col >= 0) & (col < w) & (row >= 0) & (row < h)
     return torch.where(inside, row*w + col, -1)

@@ -91,6 +91,7 @@ def batch_figure(
     for i, ax in enumerate(axes):
         pick = torch.arange(h*w) if truth is None else (truth[i] >= 0).nonzero()[:, 0]
         a, b = denormalise(batch["im_q"][i]), denormalise(batch["im_k"][i])
+        pick = pick[match[i, pick] >= 0]                                 # a variant leaves some positions alone
         right = None if truth is None else match[i, pick] == truth[i, pick]
         viz.draw_matches(ax, a, b, points[pick], points[match[i, pick]], right)
     return fig

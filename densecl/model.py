@@ -35,7 +35,8 @@ def compute_type(
 # %% ../nbs/08_model.ipynb #c012
 class MoCo(nn.Module):
     "MoCo-v2: `model(im_q, im_k)` is one training step's forward."
-    travels = ("q",)   # what of the keys goes back to the rank whose pictures they are of
+    takes = ("im_q", "im_k")   # what it wants of a batch
+    travels = ("q",)           # what of the keys goes back to the rank whose pictures they are of
     def __init__(self,
                  encoder,          # `Encoder`; becomes the query encoder
                  queue_len=65536,  # K
@@ -44,7 +45,7 @@ class MoCo(nn.Module):
                  chunk=8192,       # keys a chunk of the loss; None: the readable reference
     ):
         super().__init__()
-        self.momentum, self.temperature, self.chunk = momentum, temperature, chunk
+        self.momentum, self.temperature, self.chunk, self.shuffle = momentum, temperature, chunk, True   # shuffle: ShuffleBN
         self.encoder_q, self.encoder_k = encoder, copy.deepcopy(encoder).requires_grad_(False)
         self.queue = Queue(encoder.dim, queue_len)
 
@@ -61,7 +62,7 @@ class MoCo(nn.Module):
     ):
         "The `Encoding` of the key view: moving average, shuffle, encode, un-shuffle."
         ema_(self.encoder_k, self.encoder_q, self.momentum)
-        shuffle = Shuffle(len(im_k), im_k.device)
+        shuffle = Shuffle(len(im_k), im_k.device, self.shuffle)
         k = self.encoder_k(shuffle.deal(compute_type(im_k)))
         return Encoding(**{name: shuffle.back(getattr(k, name)) for name in self.travels})
 
@@ -78,7 +79,7 @@ class MoCo(nn.Module):
         "The global loss, and the queue's move."
         loss = self.nce(q.q, k.q, self.queue)
         self.queue.push(k.q)
-        return dict(loss=loss, loss_global=loss.detach(), q=q.q.detach(), k=k.q)
+        return dict(loss=loss, loss_global=loss.detach(), f=q.f, q=q.q.detach(), k=k.q)
 
 # %% ../nbs/08_model.ipynb #c020
 def rows(
@@ -114,4 +115,4 @@ class DenseCL(MoCo):
         self.queue.push(k.q)                                                # one vector a picture ...
         self.queue2.push(k.s)                                               # ... in both queues
         return dict(loss=loss, loss_global=loss_global.detach(), loss_dense=loss_dense.detach(),
-                    match=match, grid=tuple(k.f.shape[2:]), q=q.q.detach(), k=k.q)
+                    match=match, grid=tuple(k.f.shape[2:]), f=q.f, r=q.r.detach(), q=q.q.detach(), k=k.q)

@@ -120,6 +120,7 @@ def rung(
 ):
     "Median seconds of a step on made-up pictures, the mean over the processes."
     views, seconds = {k: torch.randn(pictures, 3, *[state.config.image_size]*2, device=device) for k in ("im_q", "im_k")}, []
+    views |= {k: torch.eye(2, 3).repeat(pictures, 1, 1) for k in ("affine_q", "affine_k")}
     for _ in range(steps + 1):
         start = time.perf_counter()
         take_step(state, forward, views, device, per_epoch=sys.maxsize)["loss"].item()      # .item() waits for the device

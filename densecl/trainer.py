@@ -8,13 +8,13 @@ __all__ = ['build_model', 'State', 'everything', 'resume', 'take_step', 'prepare
 
 # %% ../nbs/15_trainer.ipynb #c004
 import inspect, os, sys, time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from . import checkpoint, dist
 from .augment import seeded
-from .config import check, lr_at
+from .config import DENSE_ONLY, check, lr_at
 from .data import HELD_OUT, BadPicture, Tiles
 from .doctor import Watch
 from .encoder import Encoder, build_backbone
@@ -24,6 +24,7 @@ from .files import RunError, UsageError
 from .meter import Meter, peak_memory
 from .model import DenseCL, MoCo
 from .signals import Stop
+from .variants import Variant
 
 # %% ../nbs/15_trainer.ipynb #c009
 def build_model(
@@ -31,13 +32,17 @@ def build_model(
 ):
     "The model that a config describes, with fresh weights from torch's generator seeded with config.seed."
     torch.manual_seed(config.seed)
-    try: backbone, channels = build_backbone(config.backbone)
+    try: backbone, channels = build_backbone(config.backbone, config.padding)
     except ValueError as e: raise UsageError(f"--backbone {config.backbone}: {e}") from None
     encoder = Encoder(backbone, channels, config.hidden, config.dim, config.grid or None, dense=config.method == "densecl")
     args = (encoder, config.queue_len, config.momentum, config.temperature)
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     chunk = None if config.loss == "reference" else 1024 if on_cpu else 8192     # small enough for a core's cache; large enough for a GPU
-    return MoCo(*args, chunk=chunk) if config.method == "mocov2" else DenseCL(*args, config.loss_lambda, chunk=chunk)
+    if config.method == "mocov2": model = MoCo(*args, chunk=chunk)
+    elif all(getattr(config, f.name) == f.default for f in fields(config) if f.name in DENSE_ONLY): model = DenseCL(*args, config.loss_lambda, chunk=chunk)
+    else: model = Variant(*args, config.loss_lambda, chunk, match=config.match, negatives=config.negatives)
+    model.shuffle = config.bn == "shuffle"
+    return model
 
 # %% ../nbs/15_trainer.ipynb #c012
 class State:
@@ -112,11 +117,12 @@ def take_step(
     config, epoch = state.config, state.step//per_epoch
     for group in state.optimizer.param_groups: group["lr"] = lr_at(config, epoch)
     state.model.loss_lambda = 0. if state.step < config.lambda_warmup else config.loss_lambda
+    state.model.match = "true" if state.step < config.match_warmup else config.match     # only a `Variant` looks at it
     torch.manual_seed(config.seed*1_000_003 + state.step)               # the shuffle of this step
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     batch = on_device(batch, device, layout)
     with torch.autocast(device.type, dict(bf16=torch.bfloat16, fp16=torch.float16).get(config.amp), enabled=config.amp != "off"):
-        out = forward(batch["im_q"], batch["im_k"])
+        out = forward(*(batch.get(name) for name in state.model.takes))
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(out["loss"]).backward()
     state.scaler.unscale_(state.optimizer)
@@ -133,6 +139,7 @@ def prepare(
 ):
     "Process group, threads, determinism: gives this process's device."
     device = dist.start(config.device, config.timeout)
+    if config.bn == "sync" and device.type != "cuda": raise UsageError("--bn sync: PyTorch's SyncBN needs CUDA; here --bn shuffle or plain")
     if config.threads: torch.set_num_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -149,6 +156,7 @@ def parallel(
     if config.compile:
         model.encoder_q.compile()
         model.encoder_k.compile()
+    if config.bn == "sync": torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)          # its layers, in place
     if dist.world() == 1: return model
     dist.broadcast_(model.buffers())                                     # the same queues everywhere, once
     old = "forward_sync_buffers" not in inspect.signature(DistributedDataParallel).parameters   # its name before torch 2.14

@@ -127,7 +127,7 @@ def load_encoder(
         name = names.backbone_name({k.removeprefix("backbone.") for k in tensors})
         hidden, dim = len(tensors["global_head.0.weight"]), len(tensors["global_head.2.weight"])
         dense = "dense_head.0.weight" in tensors
-        encoder = Encoder(*build_backbone(name), hidden, dim, config.get("grid") or None, dense)
+        encoder = Encoder(*build_backbone(name, config.get("padding", "zeros")), hidden, dim, config.get("grid") or None, dense)
         encoder.load_state_dict(tensors)
     except Exception as e:
         raise UsageError(f"{path}: not a checkpoint of a run, with backbone and heads ({type(e).__name__}); "

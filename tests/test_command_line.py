@@ -19,7 +19,7 @@ from densecl.train import main
 ROOT = Path(__file__).parents[1]
 TINY = ("demo --data-root pictures --backbone resnet18-layer2 --image-size 32 --batch-size 4 --queue-len 12 --lr 0.0075 --lambda-warmup 0 --dim 8 --hidden 16 "
         "--workers 0 --threads 1 --amp off --log-every 1").split() + ["--probe", ""]
-ROW = set("step epoch lr loss loss_global loss_dense match_acc pos neg grad queue_fill images_per_s data_wait memory bad".split())
+ROW = set("step epoch lr loss loss_global loss_dense match_acc pos neg alike alike_backbone grad queue_fill images_per_s data_wait memory bad".split())
 
 
 def command(*argv, before=()):
