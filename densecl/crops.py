@@ -47,7 +47,7 @@ def place(
         if not one_sided(mask[top:top+side, left:left+side]): break
     return top, left
 
-# %% ../nbs/16e_crops.ipynb #c015
+# %% ../nbs/16e_crops.ipynb #c016
 def levels(
     picture,   # uint8
     gain=1.,   # factor
@@ -72,7 +72,7 @@ def distort(
         picture = cv2.cvtColor(cv2.merge([h, s, v]), cv2.COLOR_HSV2RGB)
     return levels(picture, gain) if contrast and last else picture
 
-# %% ../nbs/16e_crops.ipynb #c019
+# %% ../nbs/16e_crops.ipynb #c020
 def normalised(
     picture,  # H x W x 3 uint8
 ):
@@ -81,6 +81,7 @@ def normalised(
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     return (x - mean)/std
 
+# %% ../nbs/16e_crops.ipynb #c023
 class Crops(Dataset):
     "Training samples of a set with masks, asked by (epoch, position, index): (3 x S x S float32, S x S int64 with 255 void)."
     def __init__(self,
@@ -114,7 +115,7 @@ class Crops(Dataset):
         x[:, :h, :w], m[:h, :w] = normalised(picture), torch.from_numpy(np.ascontiguousarray(mask)).long()
         return x, m
 
-# %% ../nbs/16e_crops.ipynb #c027
+# %% ../nbs/16e_crops.ipynb #c031
 def to_test(
     picture,  # Pillow picture or H x W x 3 uint8
     short,    # length of the short side in pixels

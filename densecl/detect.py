@@ -58,7 +58,7 @@ def sets(
     if not any((~(r.difficult | r.crowd)).any() for r in seen): raise UsageError(f"--data-root {config.data_root}: no object that counts in the {len(seen)} pictures of val")
     return train, test
 
-# %% ../nbs/18_detect.ipynb #c012
+# %% ../nbs/18_detect.ipynb #c013
 def build(
     config,  # `Detect`
     start,   # `transfer.Start`
@@ -72,7 +72,7 @@ def build(
     else: model = rcnn.fpn(net, len(boxes.classes), config.regions, (2000, 1000, 1000, config.proposals), masks)
     return model, masks
 
-# %% ../nbs/18_detect.ipynb #c016
+# %% ../nbs/18_detect.ipynb #c017
 def train_and_score(
     trial,  # `trials.Trial`
     start,  # `transfer.Start`
@@ -95,7 +95,7 @@ def train_and_score(
     if trial.first_rank: gallery(test, found).savefig(trial.folder/"detections.png")
     return finetune.scores(test, found, masks and test.masks)
 
-# %% ../nbs/18_detect.ipynb #c018
+# %% ../nbs/18_detect.ipynb #c019
 def gallery(
     boxes,  # `Boxes`
     found,  # number -> `Found`
@@ -124,18 +124,15 @@ def outline(
     for (x, y, *_), c, t in zip(boxes, colors, texts):
         ax.text(x, y, t, fontsize=7, color="white", va="top", clip_on=True, bbox=dict(facecolor=c, edgecolor="none", pad=1))
 
-# %% ../nbs/18_detect.ipynb #c021
+# %% ../nbs/18_detect.ipynb #c022
 def as_published(
     config,       # `Detect`
     train, test,  # `Boxes`
 ):
     "Whether the run is the paper's: preset voc on the whole of 07+12, with nothing changed that changes the figure."
-    free = {"weights", "backbone", "data_root", "out", "trials", "seed", "device", "workers", "threads", "log_every", "save_every", "preset"}
-    paper = vars(Detect(**PRESETS["voc"]))
-    same = all(getattr(config, k) == v for k, v in paper.items() if k not in free)
-    return config.preset == "voc" and same and config.backbone in ("", "resnet50", "resnet101") and (len(train), len(test)) == (16_551, 4_952)
+    return config.preset == "voc" and trials.as_published(config, Detect(**PRESETS["voc"]), (train, test), (16_551, 4_952))
 
-# %% ../nbs/18_detect.ipynb #c024
+# %% ../nbs/18_detect.ipynb #c025
 def columns(
     voc,    # whether the classes are VOC's 20: only then do the paper's figures say anything
     old,    # whether VOC's AP is there
@@ -147,7 +144,7 @@ def columns(
     table |= {f"COCO {n}": (None, k) for k, n in names}
     return table | ({f"mask {n}": (None, f"mask_{k}") for k, n in names} if masks else {})
 
-# %% ../nbs/18_detect.ipynb #c026
+# %% ../nbs/18_detect.ipynb #c028
 def hints(
     config,  # `Detect`
     device,  # of this process
@@ -161,7 +158,7 @@ def hints(
     if dist.world() > 1 and device.type != "cuda": lines.append("SyncBN needs GPUs; on the CPU each process keeps a BN of its own")
     return lines
 
-# %% ../nbs/18_detect.ipynb #c029
+# %% ../nbs/18_detect.ipynb #c031
 ABOUT = "Train a detector from pre-trained weights, several times, and score it beside the paper's figures."
 
 def main(

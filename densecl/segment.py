@@ -56,6 +56,7 @@ def predict(
     logits = fcn.sliding(model, x, window) if window else fcn.whole(model, x)
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(1)[0]
 
+# %% ../nbs/17_segment.ipynb #c017
 class Tests(Dataset):
     "Test pictures: number -> (1 x 3 x h x w float32, H x W uint8 mask)."
     def __init__(self,
@@ -75,6 +76,7 @@ def asked(
     "The numbers of the pictures that are scored, evenly spaced over the list."
     return sorted(set(np.linspace(0, n - 1, min(n, at_most or n)).round().astype(int).tolist()))
 
+# %% ../nbs/17_segment.ipynb #c019
 def score(
     model,   # of `fcn.build`, on its device
     masks,   # `labels.Masks` to score on
@@ -91,7 +93,7 @@ def score(
     got = labels.miou(pairs, masks.num_classes, device)
     return got | dict(per_class=dict(zip(masks.classes, got["per_class"])))
 
-# %% ../nbs/17_segment.ipynb #c021
+# %% ../nbs/17_segment.ipynb #c025
 def gallery(
     model,   # of `fcn.build`, in eval mode
     masks,   # `labels.Masks`
@@ -109,7 +111,7 @@ def gallery(
         for ax, shown in zip(axes[3*row:], (picture, labels.paint(picture, mask), labels.paint(picture, found))): ax.imshow(shown)
     return fig
 
-# %% ../nbs/17_segment.ipynb #c026
+# %% ../nbs/17_segment.ipynb #c030
 def train_and_score(
     trial,        # `trials.Trial`
     start,        # `transfer.Start`
@@ -131,7 +133,7 @@ def train_and_score(
     if trial.first_rank: gallery(model, test, c, device).savefig(trial.folder/"predictions.png")
     return got
 
-# %% ../nbs/17_segment.ipynb #c028
+# %% ../nbs/17_segment.ipynb #c032
 def sets(
     config,  # `Segment`
 ):
@@ -149,9 +151,7 @@ def as_published(
     train, test,  # from `sets`
 ):
     "Whether a run follows the paper's protocol on the paper's pictures."
-    paper, free = Segment(**PRESETS["voc"]), {"weights", "backbone", "data_root", "out", "preset", "trials", "seed", "device", "workers", "threads", "log_every", "save_every"}
-    same = all(getattr(config, k) == v for k, v in vars(paper).items() if k not in free)
-    return same and (len(train), len(test)) == (10_582, 1_449) and config.backbone in ("", "resnet50", "resnet101")
+    return trials.as_published(config, Segment(**PRESETS["voc"]), (train, test), (10_582, 1_449))
 
 def hints(
     config,  # `Segment`
@@ -163,7 +163,7 @@ def hints(
     if dist.world() > 1 and device.type != "cuda": out.append("SyncBN needs GPUs; on the CPU each process keeps a BN of its own")
     return out
 
-# %% ../nbs/17_segment.ipynb #c029
+# %% ../nbs/17_segment.ipynb #c033
 ABOUT = "Train an FCN from pre-trained weights and score it, several times: mIoU with its spread, beside the paper's figures."
 
 def main(
