@@ -83,7 +83,7 @@ def quick_products(
     try: yield
     finally: torch.set_float32_matmul_precision(was)
 
-# %% ../nbs/07_loss.ipynb #c042
+# %% ../nbs/07_loss.ipynb #c043
 def info_nce(
     q,            # M x dim, unit vectors
     k_pos,        # M x dim, each query's positive, unit vectors; gets no gradient
