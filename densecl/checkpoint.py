@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'MAY_CHANGE', 'second_name', 'numbered', 'packed', 'write', 'save', 'damaged', 'load', 'newest', 'same_run',
-           'RunLog', 'writing', 'Desk']
+           'RunLog', 'writing', 'held', 'RunFolder', 'put', 'Desk']
 
 # %% ../nbs/11_checkpoint.ipynb #c002
 import io, json, os, sys, warnings, zipfile
@@ -177,8 +177,20 @@ def writing(
         raise RunError(f"--out {folder}: cannot write there ({e.strerror or e}); {left}; make room and start the same command again") from e
 
 # %% ../nbs/11_checkpoint.ipynb #c048
-class Desk:
-    "What rank 0 writes during a run: progress line, rows, checkpoints, pictures; on other ranks nothing."
+@contextmanager
+def held(
+    folder,  # the run folder; made if it is not there
+):
+    "Hold the folder: made, locked, swept of what a killed process left half written; gives a thread that writes into it."
+    try: (folder/"matches").mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UsageError(f"--out {folder}: {e.strerror}; give a folder that can be written") from None
+    with lock(folder), ThreadPoolExecutor(1) as pool:
+        for left in (*folder.glob(".*.tmp"), *folder.glob("matches/.*.tmp")): left.unlink()
+        yield pool
+
+# %% ../nbs/11_checkpoint.ipynb #c051
+class RunFolder:
+    "A run folder that rank 0 holds, and the save that is under way; on other ranks nothing."
     def __init__(self,
                  folder,  # the run folder; made if it is not there
                  last,    # steps of the run
@@ -190,22 +202,48 @@ class Desk:
     def __enter__(self):
         self.stack = ExitStack()
         with dist.agreed():
-            if self.active: self.take()
+            if self.active: self.pool = self.stack.enter_context(held(self.folder))
         return self
 
     def __exit__(self, *error):
         try: self.settle()
         finally: self.stack.close()
 
-    def take(self):
-        "Make the folder and lock it; sweep away what a killed process left half written."
-        try: (self.folder/"matches").mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UsageError(f"--out {self.folder}: {e.strerror}; give a folder that can be written") from None
-        self.stack.enter_context(lock(self.folder))
-        self.pool = self.stack.enter_context(ThreadPoolExecutor(1))
-        for left in (*self.folder.glob(".*.tmp"), *self.folder.glob("matches/.*.tmp")): left.unlink()
+    def say(self,
+            text,  # one line
+    ):
+        "A line above the progress line."
+        if self.active: tqdm.write(text, file=sys.stderr)
 
+    def left(self):
+        "After an error: the step of the last good checkpoint, as the disk has it; None where there is none."
+        if self.busy: self.busy.exception()        # waits for its end, good or bad
+        self.busy = None
+        try: return load(self.folder/"last.pt")["step"]
+        except UsageError: return None
+
+    def settle(self):
+        "Wait until the save that is under way is on the disk; raises `RunError` when it could not be written."
+        if self.busy:
+            with writing(self.folder, self.left): self.busy.result()
+            self.busy = None
+
+# %% ../nbs/11_checkpoint.ipynb #c053
+def put(
+    data,    # what `packed` gave
+    folder,  # the run folder
+    step,    # steps done
+    keep,    # numbered checkpoints that stay
+    figure,  # a matplotlib figure for the folder's matches/, or None
+):
+    "The disk's part of a save: the checkpoint, and a picture beside it."
+    write(data, folder, step, keep)
+    if figure:
+        with atomic(folder/"matches"/f"step-{step:08d}.png") as f: figure.savefig(f, format="png")
+
+# %% ../nbs/11_checkpoint.ipynb #c054
+class Desk(RunFolder):
+    "What rank 0 writes during a run: progress line, rows, checkpoints, pictures; on other ranks nothing."
     def open(self,
              config,  # a dict, every choice of the run
              step,    # where the run begins or goes on
@@ -215,15 +253,8 @@ class Desk:
         with writing(self.folder, self.left):
             with atomic(self.folder/"config.json", "w") as f: json.dump(config, f, indent=1)
             self.log = self.stack.enter_context(closing(RunLog(self.folder, step)))
-        bar = tqdm(total=self.last, initial=step, unit="step", dynamic_ncols=True)
-        self.bar = self.stack.enter_context(bar)
+        self.bar = self.stack.enter_context(tqdm(total=self.last, initial=step, unit="step", dynamic_ncols=True))
         if step: self.say(f"resumed at step {step}" + (", which was the last" if step >= self.last else ""))
-
-    def say(self,
-            text,  # one line
-    ):
-        "A line above the progress line."
-        if self.active: tqdm.write(text, file=sys.stderr)
 
     def note(self,
              row,  # a dict with a step
@@ -251,27 +282,4 @@ class Desk:
         if not self.active: return
         self.settle()
         with writing(self.folder, self.left): self.log.sync()      # rows first: a checkpoint's rows are there
-        self.busy = self.pool.submit(self.put, packed(state), state["step"], figure)
-
-    def put(self,
-            data,    # what `packed` gave
-            step,    # steps done
-            figure,  # or None
-    ):
-        "The disk's part of a save."
-        write(data, self.folder, step, self.keep)
-        if figure:
-            with atomic(self.folder/"matches"/f"step-{step:08d}.png") as f: figure.savefig(f, format="png")
-
-    def left(self):
-        "After an error: the step of the last good checkpoint, as the disk has it; None where there is none."
-        if self.busy: self.busy.exception()        # waits for its end, good or bad
-        self.busy = None
-        try: return load(self.folder/"last.pt")["step"]
-        except UsageError: return None
-
-    def settle(self):
-        "Wait until the save that is under way is on the disk; raises `RunError` when it could not be written."
-        if self.busy:
-            with writing(self.folder, self.left): self.busy.result()
-            self.busy = None
+        self.busy = self.pool.submit(put, packed(state), self.folder, state["step"], self.keep, figure)

@@ -229,7 +229,7 @@ def read_many(
     parts = [list(named_objects(base, s)) for s in splits]
     return Many(list(VOC_CLASSES[1:]), *([part[i] for i in even(len(part), limit)] for part in parts))
 
-# %% ../nbs/12g_classify.ipynb #c027
+# %% ../nbs/12g_classify.ipynb #c028
 COSTS = (.01, .1, 1., 10.)   # that the cross-validation chooses from
 
 def need(
@@ -240,6 +240,7 @@ def need(
     try: return import_module(module)
     except ImportError: raise UsageError(f"this probe needs {module.split('.')[0]}: pip install 'densecl[transfer]'") from None
 
+# %% ../nbs/12g_classify.ipynb #c029
 def average_precision(
     x, y,            # N x C unit vectors, N of +1 or -1: to learn from
     x_val, y_val,    # M x C, M: to be sorted
@@ -253,6 +254,7 @@ def average_precision(
     best = machine(COSTS[int(np.argmax(tried))] if len(tried) > 1 else 1.).fit(x, y)
     return float(score.average_precision_score(y_val > 0, best.decision_function(x_val)))
 
+# %% ../nbs/12g_classify.ipynb #c033
 def svm_probe(
     encoder,   # `Encoder`
     many,      # `Many`

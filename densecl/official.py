@@ -20,7 +20,7 @@ def official_state_dict(
     start = "encoder_q.0."
     return out | {k.replace(start, "backbone.", 1): t for k, t in out.items() if k.startswith(start)}
 
-# %% ../nbs/09e_official.ipynb #c013
+# %% ../nbs/09e_official.ipynb #c012
 def load_official(
     model,       # `MoCo` or `DenseCL`, changed in place
     state_dict,  # of the authors' full checkpoint, by name; the `backbone.*` aliases may be absent

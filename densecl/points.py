@@ -31,7 +31,7 @@ def vectors_at(
     at = (2*points.float() - 1)[None, None]                                  # 1 x 1 x M x 2, as grid_sample counts
     return F.grid_sample(f[None].float(), at, padding_mode="border", align_corners=False)[0, :, 0].T
 
-# %% ../nbs/12d_points.ipynb #c007
+# %% ../nbs/12d_points.ipynb #c008
 FINE = 5   # a map of similarities is stretched so many times before its peak is looked for
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def find(
     sim = F.interpolate(sim[None], scale_factor=FINE, mode="bicubic", align_corners=False)[0]
     return centres(*sim.shape[1:])[sim.flatten(1).argmax(1)]
 
-# %% ../nbs/12d_points.ipynb #c011
+# %% ../nbs/12d_points.ipynb #c012
 class Animals(NamedTuple):
     "N animals (or people), each cut out as a square, with K points each."
     images: list   # N Pillow pictures, S x S
@@ -69,7 +69,7 @@ def cut(
     grey.paste(image, (-round(left), -round(top)))
     return grey.resize((size, size), Image.BILINEAR), left, top, side
 
-# %% ../nbs/12d_points.ipynb #c013
+# %% ../nbs/12d_points.ipynb #c014
 def keypoint_file(
     root,  # the json itself, a VOC tree with animal_keypoints.json, or COCO's folder
 ):
@@ -89,7 +89,7 @@ def in_split(
     listed = Path(folder)/f"ImageSets/Segmentation/{split}.txt"
     return {l.split()[0] for l in listed.read_text().splitlines() if l.strip()} if listed.is_file() else None
 
-# %% ../nbs/12d_points.ipynb #c014
+# %% ../nbs/12d_points.ipynb #c015
 def marked(
     path,   # a COCO keypoint json
     split,  # of a VOC tree that it lies in
@@ -129,7 +129,7 @@ def read_animals(
     inside = ((points[..., :2] >= 0) & (points[..., :2] <= 1)).all(2)
     return Animals(cuts, points[..., :2], (points[..., 2] > 0) & inside, *(torch.tensor([a[k] for a in found]) for k in ("category_id", "image_id")), names)
 
-# %% ../nbs/12d_points.ipynb #c020
+# %% ../nbs/12d_points.ipynb #c021
 def draw_pairs(
     animals,  # `Animals`
     n=1000,   # how many
@@ -142,7 +142,7 @@ def draw_pairs(
     if not len(every): raise UsageError("--data-root: no two animals of one class in different pictures have a point in common")
     return every[np.random.default_rng(seed).permutation(len(every))[:n]]
 
-# %% ../nbs/12d_points.ipynb #c023
+# %% ../nbs/12d_points.ipynb #c024
 TOLERANCES = (.1, .2)   # of the square's side
 
 def hits(
@@ -170,7 +170,7 @@ def pck_probe(
     names = [f"PCK@{t:g}" for t in TOLERANCES]
     return {k: dict(zip(names, torch.cat(v).float().mean(0).tolist())) for k, v in right.items()}
 
-# %% ../nbs/12d_points.ipynb #c031
+# %% ../nbs/12d_points.ipynb #c032
 def pair_figure(
     encoders,  # name -> `Encoder`: a column each, when there are several
     animals,   # `Animals`
