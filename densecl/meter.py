@@ -22,7 +22,7 @@ def alike(
     total = unit(x).sum((2, 3)).pow(2).sum(1)                              # N: |sum of n unit vectors|^2
     return float(((total - n)/(n*max(n - 1, 1))).mean())
 
-# %% ../nbs/14c_meter.ipynb #c009
+# %% ../nbs/14c_meter.ipynb #c010
 class Meter:
     "What happened since the last row; sums stay on the device until they are asked for."
     def __init__(self):
@@ -89,7 +89,7 @@ class Meter:
         "Go on from there; the clock starts anew."
         if saved: (self.losses, self.parts), (self.right, self.seen) = ([*saved[k].unbind()] for k in ("losses", "parts")), saved["counts"]*(dist.rank() == 0)
 
-# %% ../nbs/14c_meter.ipynb #c010
+# %% ../nbs/14c_meter.ipynb #c012
 def peak_memory():
     "MB of memory at the peak: of the device with CUDA, else of this process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e6

@@ -133,7 +133,7 @@ def take_step(
     state.step += 1
     return out
 
-# %% ../nbs/15_trainer.ipynb #c021
+# %% ../nbs/15_trainer.ipynb #c022
 def prepare(
     config,  # `Config`
 ):
@@ -146,7 +146,7 @@ def prepare(
         torch.use_deterministic_algorithms(True)
     return device
 
-# %% ../nbs/15_trainer.ipynb #c022
+# %% ../nbs/15_trainer.ipynb #c023
 def parallel(
     model,   # on its device
     config,  # `Config`
@@ -165,7 +165,7 @@ def parallel(
     if config.deterministic: wrapped.register_comm_hook(None, dist.in_rank_order)
     return wrapped
 
-# %% ../nbs/15_trainer.ipynb #c026
+# %% ../nbs/15_trainer.ipynb #c027
 def train(
     config,      # `Config`
     views=None,  # your own data set of view pairs, (im_q, im_k) or a dict with both; None: two views of the pictures of config.data_root
@@ -204,7 +204,7 @@ def train(
     if state.step < last: stop.end(state.step, config.out)
     return state.model
 
-# %% ../nbs/15_trainer.ipynb #c027
+# %% ../nbs/15_trainer.ipynb #c029
 def due(
     every,  # steps; 0: only at the end
     step,   # steps done
@@ -213,7 +213,7 @@ def due(
     "Whether something that is done every so many steps, and at the end, is due."
     return step == last or every > 0 and step % every == 0
 
-# %% ../nbs/15_trainer.ipynb #c029
+# %% ../nbs/15_trainer.ipynb #c032
 def fetch(
     batches,  # an iterator over the loader
     meter,    # `Meter`: the time that this takes is counted as waiting
@@ -226,7 +226,7 @@ def fetch(
         raise RunError(str(e).strip().splitlines()[-1].split("BadPicture: ", 1)[-1]) from None
     finally: meter.wait += time.perf_counter() - asked
 
-# %% ../nbs/15_trainer.ipynb #c030
+# %% ../nbs/15_trainer.ipynb #c034
 def head(
     state,      # `State`
     per_epoch,  # steps an epoch
@@ -238,7 +238,7 @@ def head(
     return dict(step=state.step, epoch=(state.step - 1)//per_epoch, lr=group["lr"],
                 queue_fill=min(1., state.step*c.batch_size/c.queue_len), bad=round(float(count)))
 
-# %% ../nbs/15_trainer.ipynb #c032
+# %% ../nbs/15_trainer.ipynb #c036
 def probe(
     state,  # `State`
     desk,   # `densecl.checkpoint.Desk`
