@@ -33,7 +33,7 @@ def test_every_internal_link_leads_to_a_page_and_a_heading(pages):
 def test_nothing_is_fetched_and_no_formula_is_left_as_text(pages):
     for name, text in pages[0].items():
         assert not re.search(r'<(script|link|img)[^>]+(src|href)="https?:', text), name
-        shown = re.sub(r"<pre.*?</pre>|<code.*?</code>|<annotation.*?</annotation>", "", text, flags=re.S)
+        shown = re.sub(r"<script.*?</script>|<pre.*?</pre>|<code.*?</code>|<annotation.*?</annotation>", "", text, flags=re.S)
         assert not re.search(r"\$[^$<]+\$|\\[a-z]{3,}", re.sub(r"<[^>]+>", "", shown)), name
 
 
