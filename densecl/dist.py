@@ -51,6 +51,9 @@ def stop():
 def together():
     "Inside, when one process ends, the others end with a `RunError` instead of a traceback; leaves the group."
     try: yield
+    except UsageError:
+        stop()                          # a group that is still open may abort the process at its end
+        raise
     except RuntimeError as e:
         if world() == 1 or not (isinstance(e, td.DistError) or "gloo" in str(e)): raise
         if "imed out" in str(e) or "imeout" in str(e): raise RunError("another process hangs: it has not answered within --timeout; look at its machine, disk and GPU") from None
