@@ -157,7 +157,7 @@ class Shuffle:
 
     def exchange(self, x, take, put, out, into):
         "Send x[take] to the ranks, `out` rows each; what comes, `into` rows from each, goes to the places `put`."
-        came, result = torch.empty_like(x), torch.empty_like(x)
+        came, result = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(x)   # what travels is bare memory
         td.all_to_all_single(came, x[take].contiguous(), into, out)
         result[put] = came
         return result

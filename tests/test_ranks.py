@@ -33,7 +33,7 @@ def one_rank(rank, folder):
     torch.set_num_threads(1)
     td.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     works = dict(no_bn=lambda: learn_as_rank(rank, None), eval_bn=lambda: learn_as_rank(rank, False), keys=lambda: keys_as_rank(rank),
-                 shuffle=lambda: shuffle_as_rank(rank), twenty=lambda: twenty_steps_as_rank(rank), queues=lambda: push_as_rank(rank))
+                 shuffle=lambda: shuffle_as_rank(rank), layout=lambda: layout_as_rank(rank), twenty=lambda: twenty_steps_as_rank(rank), queues=lambda: push_as_rank(rank))
     torch.save({name: work() for name, work in works.items()}, f"{folder}/{rank}.pt")
     td.destroy_process_group()
 
@@ -262,3 +262,17 @@ def test_real_photographs_train_on_two_ranks(tmp_path):
     measured = [r for r in rows(tmp_path/"out") if "loss" in r]
     assert [r["step"] for r in measured] == [5, 10, 15, 20]
     assert all(np.isfinite(r["loss"]) and r["bad"] == 0 for r in measured)
+
+
+def layout_as_rank(rank):
+    """Pictures in channels_last, dealt out and taken back: both, and the permutation."""
+    x = (torch.arange(B*3*2*2.).view(B, 3, 2, 2) + 1000*rank).to(memory_format=torch.channels_last)
+    s = Shuffle(B, x.device)
+    return s.deal(x), s.back(s.deal(x)), s.perm
+
+
+def test_the_order_in_memory_changes_nothing_that_is_dealt(two):
+    whole = torch.cat([torch.arange(B*3*2*2.).view(B, 3, 2, 2) + 1000*rank for rank in range(2)])
+    for rank, (dealt, back, perm) in enumerate(two["layout"]):
+        assert torch.equal(dealt, whole[share(perm, rank)])
+        assert torch.equal(back, share(whole, rank)) and back.is_contiguous(memory_format=torch.channels_last)
