@@ -130,7 +130,7 @@ def network(
 ):
     "(recipe, `Encoder` in eval mode); without a dense head when the file holds a backbone alone. Raises `UsageError`."
     if path == "random":
-        recipe = dict(backbone=backbone, hidden=2048, dim=128, grid=0, method="densecl", seed=seed)
+        recipe = dict(backbone=backbone, hidden=2048, dim=128, grid=0, method="densecl", padding="zeros", seed=seed)
         return recipe, fresh(recipe)
     c = config_in(path)
     if c: return dict(BARE) | {k: c[k] for k in ("backbone", *BARE) if k in c}, weights.load_encoder(path)
@@ -174,12 +174,12 @@ def company(
 ):
     "Name -> `Encoder`: an untrained and, where it is at hand, a supervised network of each kind, then the given ones."
     opened = {p: network(p, backbone, seed) for p in paths}
-    kinds = {}                              # one untrained network a backbone and grid; with a dense head where one has it
+    kinds = {}                              # one untrained network a backbone, grid and padding; with a dense head where one has it
     for recipe, _ in sorted((o for o in opened.values()), key=lambda o: o[0]["method"] == "densecl"):
-        kinds[recipe["backbone"], recipe["grid"]] = recipe
+        kinds[recipe["backbone"], recipe["grid"], recipe["padding"]] = recipe
     out = {}
-    for (name, grid), recipe in kinds.items():
-        more = f" {name}" + f"/{grid}"*bool(grid) if len(kinds) > 1 else ""
+    for (name, grid, padding), recipe in kinds.items():
+        more = f" {name}" + f"/{grid}"*bool(grid) + f", {padding}"*(padding != "zeros") if len(kinds) > 1 else ""
         out[f"untrained{more}"] = fresh(recipe)
         if (taught := supervised(recipe)): out[f"supervised{more}"] = taught
     given = [p for p in paths if p != "random"]

@@ -102,7 +102,7 @@ def sizes(
     return dict(parameters=learnt, queues=sum(b.nbytes for n, b in model.named_buffers() if n.startswith("queue")),
                 checkpoint=sum(t.nbytes for t in model.state_dict().values()) + 4*learnt,   # and SGD's momentum
                 logits=4*batch*(1 + grid)*config.queue_len if config.loss == "chunked" else 0,
-                views=2*x.numel()*(1 if config.augment == "fast" else 4),             # a batch, as workers hand it over
+                views=2*x.numel()*(4 if config.augment == "reference" else 1),             # a batch, as workers hand it over
                 keys=round((world - 1)/world*(x.numel()*number + back)), gradients=round(2*(world - 1)/world*4*learnt))
 
 # %% ../nbs/15b_plan.ipynb #c024

@@ -71,3 +71,11 @@ def test_a_row_of_the_table_is_three_or_four_commands_that_exist(row):
 def test_a_row_that_is_none_ends_with_one_line():
     got = subprocess.run(["bash", "benchmarks/full.sh", "8"], cwd=ROOT, capture_output=True, text=True)
     assert got.returncode == 2 and "1 to 7" in got.stderr and got.stdout == ""
+
+
+def test_a_backbone_with_another_padding_is_not_given_away(tmp_path):
+    assert train(tmp_path/"run", "--padding", "reflect", "--max-steps", "1").returncode == 0
+    command = [sys.executable, "-m", "densecl.weights", "extract", str(tmp_path/"run/last.pt"), str(tmp_path/"out.pth")]
+    got = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert got.returncode == 2 and "--padding reflect" in got.stderr and "Traceback" not in got.stderr
+    assert not (tmp_path/"out.pth").exists()

@@ -1,4 +1,5 @@
 """The chapters as web pages: every link leads somewhere, every formula is drawn, nothing is fetched from outside."""
+import json
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -46,3 +47,12 @@ def test_every_picture_has_words_for_those_who_cannot_see_it(pages):
 def test_the_quarto_sidebar_lists_every_chapter_in_order():
     listed = re.findall(r"- (\w+)\.ipynb", (site_pages.NBS/"sidebar.yml").read_text())
     assert listed == ["index", *sorted(p.stem for p in site_pages.NBS.glob("[0-9]*.ipynb"))]
+
+
+def test_every_chapter_says_where_on_the_map_it_is():
+    stops = set()
+    for path in sorted(site_pages.NBS.glob("[0-9]*.ipynb")):
+        here = re.findall(r"^You are here: (.*)$", "".join(json.loads(path.read_text())["cells"][0]["source"]), re.M)
+        assert len(here) == 1 and len(re.findall(r"\*\*\[\w+\]", here[0])) == 1, path.name
+        stops.add(here[0].replace("*", ""))
+    assert len(stops) == 1
