@@ -20,8 +20,10 @@ from pathlib import Path
 import torch
 
 from densecl.evaluate import PROBES, ask, options
-from densecl.features import fresh, network
+from densecl.features import encode, fresh, network
 from densecl.files import UsageError, lock, run_main
+from densecl.match import best_match, true_match
+from densecl.matching import score
 
 # the demo's network and pictures of 96 pixels, trained as the paper does it otherwise: no warm-up of lambda, fast views, one thread
 BASE = "--backbone resnet18-layer3 --image-size 96 --batch-size 32 --hidden 512 --queue-len 1024 --momentum 0.99 --lr 0.06 --lambda-warmup 0 --augment fast --workers 0 --threads 1"
@@ -34,6 +36,7 @@ METHODS = {                                      # name -> what differs from Den
     "random": "--match random",
     "dense": "--match dense",
     "agreed": "--match agreed",
+    "centred": "--match centred",                # less what a cell says of every picture
     "mutual": "--match mutual",
     "handover": "--match-warmup {40%}",          # true pairs for 40 % of the steps, then the paper's
     "warm-up": "--lambda-warmup {40%}",
@@ -44,11 +47,14 @@ METHODS = {                                      # name -> what differs from Den
     "reflect": "--padding reflect",
     "MoCo-v2 reflect": "--method mocov2 --padding reflect",
     "handover own": "--match-warmup {40%} --negatives own",
+    "reflect true": "--padding reflect --match true",
+    "reflect warm-up": "--padding reflect --lambda-warmup {40%}",
+    "K 256": "--queue-len 256",
     "lambda 0.1": "--loss-lambda 0.1", "lambda 0.3": "--loss-lambda 0.3", "lambda 0.7": "--loss-lambda 0.7", "lambda 0.9": "--loss-lambda 0.9",
     "grid 1": "--grid 1", "grid 3": "--grid 3",
 }
 GROUPS = dict(methods=["untrained", "MoCo-v2", "DenseCL", "true"], tuning=["warm-up", "K 4096", "T 0.1"],
-              suspects=["random", "own", "position", "reflect", "dense"], ahead=["handover", "agreed", "mutual"],
+              suspects=["random", "own", "position", "reflect", "dense"], ahead=["handover", "agreed", "mutual", "centred"],
               ablations=["lambda 0.1", "lambda 0.3", "lambda 0.7", "lambda 0.9", "grid 1", "grid 3"])
 
 
@@ -64,11 +70,25 @@ def settings(method, seed, args):
     return f"{BASE} {own} --epochs {args.epochs} --seed {seed}".replace("  ", " ")
 
 
+def place(encoder, batch):
+    "What of the matches is the place that padding tells (32_choices): a cell's average over one half of the views, asked of the other half."
+    f_q, f_k = (encode(encoder, batch[v])[0] for v in ("im_q", "im_k"))                # V x C x h x w
+    half, (h, w) = len(f_q)//2, f_q.shape[2:]
+    mean, q, k, cells = f_q[:half].mean(0), f_q[half:], f_k[half:], torch.arange(h*w)
+    truth = true_match(batch["affine_q"], batch["affine_k"], h, w)[half:]
+    near = torch.cdist(q.flatten(2).mT, mean.flatten(1).T[None]).argmin(2)             # the average that a vector is nearest to
+    share = lambda yes: float(yes.float().mean())
+    return dict(known=share(near == cells), stays=share(best_match(q, k) == cells), should=float((truth == cells).sum()/(truth >= 0).sum()),
+                whole=score(best_match(q, k), truth, w), without=score(best_match(q - mean, k - mean), truth, w))
+
+
 def figures(encoder, args):
     """What the frozen features know: backbone (and dense head, for matches), and what guesses reach."""
-    match = PROBES["match"].ask(encoder, PROBES["match"].read(o := options("match", data_root=args.voc, image_size=96, limit=512)), o)
+    encoder.grid = None                                                    # all are asked on the native grid
+    batch = PROBES["match"].read(o := options("match", data_root=args.voc, image_size=96, limit=512))
+    match = PROBES["match"].ask(encoder, batch, o)
     encoder.dense_head = None                                              # the rest is asked of the backbone alone
-    out = dict(match=match, stereo=ask(encoder, "stereo", "", 96), keypoints=ask(encoder, "keypoints", args.voc, 96))
+    out = dict(match=match, place=place(encoder, batch), stereo=ask(encoder, "stereo", "", 96), keypoints=ask(encoder, "keypoints", args.voc, 96))
     o = options("segment", data_root=args.voc, trials=1)
     return out | dict(segment=PROBES["segment"].ask(encoder, PROBES["segment"].read(o), o), rank=ask(encoder, "rank", args.voc, 96))
 
@@ -89,7 +109,7 @@ def rounded(x):
 
 def one(method, seed, args):
     """Train, ask, append the row."""
-    folder, start = Path(args.out)/f"{method.replace(' ', '-')}-{args.epochs}-{seed}", time.perf_counter()
+    folder, start = Path(args.out)/f"{method.replace(' ', '-')}-{args.epochs}-{seed}{'-again'*args.again}", time.perf_counter()
     row = dict(method=method, seed=seed, epochs=args.epochs, commit=commit(), torch=torch.__version__)
     if METHODS[method] is None:
         encoder = fresh(dict(backbone="resnet18-layer3", hidden=512, dim=128, grid=0, method="densecl", seed=seed))
@@ -103,6 +123,7 @@ def one(method, seed, args):
         row |= dict(settings=settings(method, seed, args), command=f"python -m densecl.train demo {settings(method, seed, args)} --data-root PICTURES")
         row["losses"], row["probes"] = curve(folder)
         row["seconds"] = round(time.perf_counter() - start)
+    if args.again: row["again"] = True
     row["figures"] = rounded(figures(encoder, args))
     with open(args.results, "a") as f: f.write(json.dumps(row) + "\n")
     f = row["figures"]
@@ -114,7 +135,7 @@ def has_row(method, seed, args):
     path = Path(args.results)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     wanted = "" if METHODS[method] is None else settings(method, seed, args)
-    return any(r["method"] == method and r["seed"] == seed and r["settings"] == wanted for r in rows)
+    return any(r["method"] == method and r["seed"] == seed and r["settings"] == wanted and r.get("again", False) == args.again for r in rows)
 
 
 def main(argv):
@@ -124,6 +145,7 @@ def main(argv):
     p.add_argument("--voc", required=True, help="a VOC tree for the probes; its val pictures should not be among --pictures")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--epochs", type=int, default=20)
+    p.add_argument("--again", action="store_true", help="run what has its row once more, into a second row that says so")
     p.add_argument("--out", default="runs/reproduce", help="where the runs' folders lie")
     p.add_argument("--results", default=str(Path(__file__).with_name("results.jsonl")))
     args = p.parse_args(argv)
@@ -135,7 +157,7 @@ def main(argv):
     args.steps = len(open_source(args.pictures))//32*args.epochs
     for seed in args.seeds:
         for method in wanted:
-            turn = Path(args.out)/"turns"/f"{method.replace(' ', '-')}-{args.epochs}-{seed}"
+            turn = Path(args.out)/"turns"/f"{method.replace(' ', '-')}-{args.epochs}-{seed}{'-again'*args.again}"
             turn.mkdir(parents=True, exist_ok=True)
             try:
                 with lock(turn):

@@ -33,7 +33,7 @@ class Config:
     temperature: float = 0.2         # T of both losses
     loss_lambda: float = 0.5         # weight of the dense loss; 0 is MoCo-v2
     lambda_warmup: int = 0           # steps with lambda 0 at the start
-    match: str = "backbone"          # what pairs the points up. backbone: the paper; dense: the dense head's vectors; random; true: the views' geometry; agreed: the backbone where geometry confirms it; mutual: where both choose each other
+    match: str = "backbone"          # what pairs the points up. backbone: the paper; centred: the same without what a cell says of every picture; dense: the dense head's vectors; random; true: the views' geometry; agreed: the backbone where geometry confirms it; mutual: where both choose each other
     match_warmup: int = 0            # steps with match true at the start
     negatives: str = "pooled"        # of the dense loss. pooled: the paper, a vector a picture, its mean; position: that of a random place; own: pooled, and the other places of the same view
     padding: str = "zeros"           # beyond a picture's edge. zeros: the paper; reflect, replicate: a network that cannot see where the edge is
@@ -129,7 +129,7 @@ def cells(
     return -(-config.image_size//stride(config.backbone))
 
 # %% ../nbs/09_config.ipynb #c043
-CHOICES = dict(method=("densecl", "mocov2"), match=("backbone", "dense", "random", "true", "agreed", "mutual"),
+CHOICES = dict(method=("densecl", "mocov2"), match=("backbone", "centred", "dense", "random", "true", "agreed", "mutual"),
                negatives=("pooled", "position", "own"), padding=("zeros", "reflect", "replicate"), bn=("shuffle", "plain", "sync"), device=("auto", "cpu", "cuda"), amp=("off", "bf16", "fp16"), loss=("chunked", "reference"),
                augment=("reference", "fast", "device"), on_bad_image=("skip", "raise"))
 PROBES = ("match", "rank", "stereo", "keypoints", "segment", "knn", "linear", "svm")

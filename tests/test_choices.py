@@ -24,7 +24,7 @@ def train(folder, *options):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("options", ["--match true --negatives own", "--match agreed --negatives position --padding reflect", "--match mutual --match-warmup 1"], ids=str)
+@pytest.mark.parametrize("options", ["--match true --negatives own", "--match agreed --negatives position --padding reflect", "--match mutual --match-warmup 1", "--match centred"], ids=str)
 def test_a_run_with_other_choices_trains_and_its_weights_load(tmp_path, options):
     got = train(tmp_path/"run", *options.split())
     assert got.returncode == 0, got.stderr
