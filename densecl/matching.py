@@ -66,6 +66,7 @@ def match_figure(
     same = torch.arange(h*w)
     moved = (truth >= 0) & ((same//w - truth//w)**2 + (same % w - truth % w)**2 > 1)          # V x hw
     fit = (moved.float().mean(1) >= .5).nonzero()[:, 0]
+    if not len(fit): fit = torch.arange(len(moved))                          # a grid of one cell: pairs without lines
     chosen = fit[torch.linspace(0, len(fit) - 1, min(rows, len(fit))).round().long()].tolist()
     fig, axes = viz.panels(len(chosen)*len(fs), len(fs), size=2.6, aspect=2.05)
     for ax, (i, name) in zip(axes, [(i, n) for i in chosen for n in fs]):
