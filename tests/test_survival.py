@@ -44,14 +44,14 @@ class Run:
     def __init__(self, *argv, options=TINY, workers=0, before=(sys.executable,), program=TRAIN):
         Run.number += 1
         self.log = Path(f"log-{Run.number:03d}.txt")
-        self.start = time.monotonic()
+        self.start, self.seen = time.monotonic(), set()
         with open(self.log, "w") as f:
             self.process = subprocess.Popen([*before, *program, *options, "--workers", str(workers), *argv], env=ENV, stdout=f, stderr=f, start_new_session=True)
 
     def __enter__(self): return self
 
     def __exit__(self, *error):
-        for pid in [*descendants(self.process.pid), self.process.pid]:
+        for pid in {*self.seen, *descendants(self.process.pid), self.process.pid}:     # seen: a torchrun that was killed leaves its ranks behind
             try: os.kill(pid, signal.SIGKILL)
             except ProcessLookupError: pass
         self.process.wait()
@@ -66,6 +66,7 @@ class Run:
             assert self.process.poll() is None, self.text
             assert time.monotonic() < end, f"waited too long\n{self.text[-3000:]}"
             time.sleep(.01)
+        self.seen |= {*descendants(self.process.pid)}
         return self
 
     def ends(self, seconds=200):
