@@ -1,14 +1,14 @@
 # Every target starts from a bare clone: it makes .venv and installs densecl into it first.
 PYTHON ?= python3
 BIN := .venv/bin
-NB := $(filter-out nbs/index.ipynb,$(wildcard nbs/[0-9]*.ipynb))
+SOURCES := nbs tests benchmarks hubconf.py setup.py
 
-.PHONY: demo test test-long lab export readme site clean
+.PHONY: demo test test-long lint lab export readme site clean
 
-demo: .venv/installed           ## a real DenseCL run on the embedded photographs, then a picture of its matches
+demo: .venv/installed           ## a real DenseCL run on the embedded photographs, then a figure of its matches
 	$(BIN)/python -m densecl.train demo
 
-test: .venv/installed-dev       ## notebooks exported? notebooks run? processes, signals and the command line all right?
+test: .venv/installed-dev lint  ## notebooks exported and clean? do they run? processes, signals and the command line?
 	sh tests/no_drift.sh $(BIN)
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -q tests
@@ -17,10 +17,16 @@ test-long: .venv/installed-dev  ## what takes longer: the slow cells and the slo
 	$(BIN)/nbdev_test --n_workers 2 --flags slow
 	$(BIN)/python -m pytest -q tests --long
 
-lab: .venv/installed-dev        ## the notebooks, in JupyterLab
-	$(BIN)/jupyter lab nbs
+lint: .venv/installed-dev       ## ruff's rules and its format, of the notebooks too
+	$(BIN)/ruff check --quiet $(SOURCES)
+	$(BIN)/ruff format --quiet --check $(SOURCES)
 
-export: .venv/installed-dev     ## after editing a notebook: densecl/ and README.md anew, notebooks cleaned
+lab: .venv/installed-dev        ## the notebooks, in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb
+
+export: .venv/installed-dev     ## after editing a notebook: format it, export densecl/ and README.md, clean it
+	$(BIN)/ruff check --quiet --fix --select I,F401 $(SOURCES)
+	$(BIN)/ruff format --quiet $(SOURCES)
 	$(BIN)/nbdev_export
 	$(MAKE) readme
 	$(BIN)/nbdev_clean
@@ -43,4 +49,4 @@ site: .venv/installed-dev       ## every chapter as a web page in _site/, readab
 	touch $@ .venv/installed
 
 clean:
-	rm -rf .venv runs _proc _docs _site densecl.egg-info
+	rm -rf .venv runs _proc _docs _site build dist densecl.egg-info

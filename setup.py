@@ -1,19 +1,51 @@
 """Install densecl from settings.ini, the one place that names its version and its requirements."""
+
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import setup
+
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-config = ConfigParser(delimiters="=", interpolation=None)
-config.read(here / "settings.ini", encoding="utf-8")
-get = config["DEFAULT"].get
+settings = ConfigParser(delimiters="=", interpolation=None)
+settings.read(here / "settings.ini", encoding="utf-8")
+get = settings["DEFAULT"].get
+source = f"https://github.com/{get('user')}/{get('repo')}"
+transfer, timm, dev = (get(f"{name}_requirements").split() for name in ("transfer", "timm", "dev"))
 
 setup(
-    name=get("lib_name"), version=get("version"), description=get("description"), license="Apache-2.0",
-    author=get("author"), keywords=get("keywords").split(), packages=[get("lib_path")],
-    python_requires=">=" + get("min_python"), install_requires=get("requirements").split(),
-    extras_require={"transfer": get("transfer_requirements").split(),
-                    "dev": (get("dev_requirements") + " " + get("transfer_requirements")).split()},
-    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    name=get("lib_name"),
+    version=get("version"),
+    description=get("description"),
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author=get("author"),
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=get("keywords").split(),
+    url=source,
+    project_urls={
+        "Documentation": f"https://{get('user')}.github.io/{get('repo')}",
+        "Source": source,
+        "Issues": f"{source}/issues",
+        "Paper": "https://arxiv.org/abs/2011.09157",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Framework :: Jupyter",
+        "Intended Audience :: Education",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    packages=find_packages(include=["densecl", "densecl.*"]),
+    package_data={"densecl": ["py.typed"]},
+    entry_points={"console_scripts": get("console_scripts").split()},
+    python_requires=">=" + get("min_python"),
+    install_requires=get("requirements").split(),
+    extras_require={"transfer": transfer, "timm": timm, "dev": [*dev, *transfer, *timm]},
 )

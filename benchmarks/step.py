@@ -1,19 +1,23 @@
-"""A whole training step: plain PyTorch against this package's fast paths, and DenseCL against MoCo-v2. Where the time goes, and the peak memory.
+"""Time and memory of a training step: plain PyTorch, this package, DenseCL and MoCo-v2.
 
-    python benchmarks/step.py                        # ResNet-18, 128 px, 16 pictures, K = 16384
-    python benchmarks/step.py --device cuda --backbone resnet50 --image-size 224 --batch-size 32 --queue-len 65536
-    python benchmarks/step.py --compile              # and torch.compile of the encoders, which takes a minute or more
+    python benchmarks/step.py                        # ResNet-18, 128 px, 16 images, K = 16384
+    python benchmarks/step.py --compile              # and torch.compile, which takes a minute
+    python benchmarks/step.py --device cuda --backbone resnet50 --image-size 224 --batch-size 32 \
+        --queue-len 65536
 
-reference    float32, N x C x H x W in memory, all logits at once, a moving average parameter by parameter, SGD parameter by parameter
-fp32, bf16   channels_last, the loss in chunks, everything else as the trainer does it
+reference    float32, contiguous memory format, the reference loss with all logits, a moving average
+             and SGD in a loop over the parameters
+fp32, bf16   channels_last, the chunked loss, everything else as the trainer does it
 mocov2 ...   the same without the dense head and the dense loss
 
-Every path takes one step, then every path once more, each time another one first, so that a busy machine slows all of them
-alike. Seconds are medians; a ratio is the median over the rounds of the ratio within a round. Pictures are random numbers: loading
-is not measured. The parts are measured in rounds of their own, since on CUDA each of them has to wait for the device.
-Memory: on CUDA the peak that one path allocates, on the CPU that of a fresh process, libraries included (blank where there is no
-such count). Prints two tables and one line of JSON.
+Every variant takes one step, then every variant once more, each time in another order, so that
+other load slows all of them alike. Seconds are medians; a ratio is the median over the rounds of
+the ratio within a round. Images are random numbers: loading is not measured. The parts are measured
+in rounds of their own, since on CUDA each of them has to wait for the device.
+Memory: on CUDA the peak that one variant allocates, on the CPU that of a fresh process with its
+libraries (blank on systems that do not report it). Prints two tables and one line of JSON.
 """
+
 import argparse
 import contextlib
 import json
@@ -21,181 +25,278 @@ import statistics
 import subprocess
 import sys
 import time
+from unittest.mock import patch
 
 import torch
-from loss import high_water
+from loss import peak_process_memory
 
 import densecl.model
 from densecl.encoder import Encoder, build_backbone
-from densecl.loss import Queue
 from densecl.model import DenseCL, MoCo
+from densecl.queue import Queue
 
-PARTS = ("query forward", "EMA", "key forward", "match", "losses", "queue", "backward", "optimizer", "other")
+PARTS = (
+    *("query forward", "EMA", "key forward", "match", "losses", "queue"),
+    *("backward", "optimizer", "other"),
+)
+MODEL_FUNCTIONS = {"best_match": "match", "gather_positions": "match", "info_nce": "losses"}
 
 
-def slow_ema_(slow, fast, m):
+def momentum_update_in_loop(slow, fast, m):
     """The moving average as it is usually written."""
     with torch.no_grad():
-        for s, f in zip(slow.parameters(), fast.parameters()): s.data = s.data*m + f.data*(1 - m)
+        for slow_parameter, fast_parameter in zip(slow.parameters(), fast.parameters()):
+            slow_parameter.data = slow_parameter.data * m + fast_parameter.data * (1 - m)
 
 
-def wait(device):
-    """Until the device has done what it was told."""
-    if device.type == "cuda": torch.cuda.synchronize()
+def synchronize(device):
+    """Wait until a CUDA device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-@contextlib.contextmanager
-def instead(owner, name, value):
-    """Inside, owner.name is another one."""
-    old = getattr(owner, name)
-    setattr(owner, name, value)
-    try: yield
-    finally: setattr(owner, name, old)
+class Variant:
+    """A model with its optimizer and its way of taking a step.
 
+    Args:
+        name: one of `variant_names`
+        options: of the command line
+    """
 
-class Path:
-    """A model with its optimizer and the way in which it takes a step."""
-    def __init__(self, name, a):
-        self.plain, self.amp, self.device = name == "reference", "bf16" in name, torch.device(a.device)
-        dense = "mocov2" not in name
-        torch.manual_seed(0)
-        encoder = Encoder(*build_backbone(a.backbone), a.hidden, a.dim, dense=dense)
-        model = (DenseCL if dense else MoCo)(encoder, a.queue_len, chunk=None if self.plain else a.chunk)
-        layout = torch.contiguous_format if self.plain else torch.channels_last
-        self.model = model.to(self.device, memory_format=layout)
+    def __init__(self, name, options):
+        self.reference = name == "reference"
+        self.amp = "bf16" in name
+        self.device = torch.device(options.device)
+        self.memory_format = torch.contiguous_format if self.reference else torch.channels_last
+        self.model = self.build_model(dense="mocov2" not in name, options=options)
         if "compiled" in name:
-            model.encoder_q.compile()
-            model.encoder_k.compile()
-        learn = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(learn, 1e-3, momentum=.9, weight_decay=1e-4, **(dict(foreach=False) if self.plain else dict(fused=True)))
-        shape = (a.batch_size, 3, a.image_size, a.image_size)
-        self.views = [torch.randn(shape, device=self.device).to(memory_format=layout) for _ in range(2)]
+            self.model.encoder_q.compile()
+            self.model.encoder_k.compile()
+        implementation = {"foreach": False} if self.reference else {"fused": True}
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(
+            parameters, 1e-3, momentum=0.9, weight_decay=1e-4, **implementation
+        )
+        shape = (2, options.batch_size, 3, options.image_size, options.image_size)
+        views = torch.randn(shape, device=self.device)
+        self.views = [view.to(memory_format=self.memory_format) for view in views]
+
+    def build_model(self, dense, options):
+        """DenseCL or MoCo-v2 on the device."""
+        torch.manual_seed(0)
+        backbone, channels = build_backbone(options.backbone)
+        encoder = Encoder(backbone, channels, options.hidden, options.dim, dense=dense)
+        model_class = DenseCL if dense else MoCo
+        chunk = None if self.reference else options.chunk or "auto"
+        model = model_class(encoder, options.queue_len, chunk=chunk)
+        return model.to(self.device, memory_format=self.memory_format)
 
     def forward(self):
-        """The model's forward, as the trainer calls it."""
-        slow = instead(densecl.model, "ema_", slow_ema_) if self.plain else contextlib.nullcontext()
-        with slow, torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp): return self.model(*self.views)["loss"]
+        """The model's forward pass, as the trainer calls it."""
+        with contextlib.ExitStack() as stack:
+            if self.reference:
+                name = "momentum_update_"
+                stack.enter_context(patch.object(densecl.model, name, momentum_update_in_loop))
+            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp))
+            return self.model(*self.views)["loss"]
 
-    def step(self):
-        """Seconds of a whole step."""
-        wait(self.device)
-        start = time.perf_counter()
-        loss = self.forward()
+    def backward(self, loss):
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+
+    def step(self):
+        """Seconds of a complete step."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.backward(self.forward())
         self.optimizer.step()
-        wait(self.device)
+        synchronize(self.device)
         return time.perf_counter() - start
 
     def parts(self):
-        """Part -> seconds, for one step; "other" is what is left of the forward."""
-        found, model = dict.fromkeys(PARTS, 0.), densecl.model
+        """Part -> seconds, for one step; "other" is the rest of the forward pass."""
+        seconds = dict.fromkeys(PARTS, 0.0)
 
         def timed(part, function):
             def run(*args, **kwargs):
-                wait(self.device)
+                synchronize(self.device)
                 start = time.perf_counter()
                 out = function(*args, **kwargs)
-                wait(self.device)
-                found[part] += time.perf_counter() - start
+                synchronize(self.device)
+                seconds[part] += time.perf_counter() - start
                 return out
+
             return run
 
         with contextlib.ExitStack() as stack:
-            change = lambda owner, name, part: stack.enter_context(instead(owner, name, timed(part, getattr(owner, name))))
-            change(self.model.encoder_q, "forward", "query forward")
-            change(self.model.encoder_k, "forward", "key forward")
-            change(Queue, "push", "queue")
-            for name, part in (("best_match", "match"), ("take", "match"), ("info_nce", "losses")): change(model, name, part)
-            if self.plain: stack.enter_context(instead(sys.modules[__name__], "slow_ema_", timed("EMA", slow_ema_)))
-            else: change(model, "ema_", "EMA")
-            whole = timed("other", self.forward)
-            loss = whole()
-        found["other"] -= sum(v for k, v in found.items() if k != "other")
-        timed("backward", lambda: (self.optimizer.zero_grad(set_to_none=True), loss.backward()))()
+            for owner, name, part in self.timed_functions():
+                function = timed(part, getattr(owner, name))
+                stack.enter_context(patch.object(owner, name, function))
+            loss = timed("other", self.forward)()
+        seconds["other"] -= sum(value for part, value in seconds.items() if part != "other")
+        timed("backward", self.backward)(loss)
         timed("optimizer", self.optimizer.step)()
-        return found
+        return seconds
+
+    def timed_functions(self):
+        """(owner, attribute, part) of each function whose calls are timed."""
+        yield self.model.encoder_q, "forward", "query forward"
+        yield self.model.encoder_k, "forward", "key forward"
+        yield Queue, "enqueue", "queue"
+        for name, part in MODEL_FUNCTIONS.items():
+            yield densecl.model, name, part
+        if self.reference:
+            yield sys.modules[__name__], "momentum_update_in_loop", "EMA"
+        else:
+            yield densecl.model, "momentum_update_", "EMA"
 
 
-def names(a):
-    """The paths to be measured, the reference first."""
-    amps = ["fp32"] + ["bf16"]*a.bf16
-    found = ["reference"] + amps + [f"{x} compiled" for x in amps if a.compile]
-    return found + [f"mocov2 {x}" for x in amps]
+def variant_names(options):
+    """The variants to measure, the reference first."""
+    types = ["fp32", "bf16"] if options.bf16 else ["fp32"]
+    compiled = [f"{name} compiled" for name in types if options.compile]
+    return ["reference", *types, *compiled, *(f"mocov2 {name}" for name in types)]
 
 
-def peak(a):
-    """MB at the peak of two steps of the path `a.only` (called in a fresh process), None where nobody counts."""
-    path = Path(a.only, a)
-    for _ in range(2): path.step()
-    if a.device != "cpu": return torch.cuda.max_memory_allocated()/1e6
-    return high_water()/1e6 if sys.platform in ("linux", "darwin") else None
+def peak_memory(options):
+    """MB at the peak of two steps of the variant `options.only`, in a fresh process."""
+    variant = Variant(options.only, options)
+    for _ in range(2):
+        variant.step()
+    if options.device != "cpu":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return peak_process_memory() / 1e6 if sys.platform in ("linux", "darwin") else None
 
 
-def rounds(paths, count, what):
-    """What `what` gives for each path: name -> list over the rounds. Another path begins each round."""
-    found, order = {n: [] for n in paths}, list(paths)
-    for i in range(count):
-        for n in order[i % len(order):] + order[:i % len(order)]: found[n].append(what(paths[n]))
+def peak_memory_in_subprocess(name):
+    command = [sys.executable, *sys.argv, "--only", name]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(result.stdout)
+
+
+def measure_rounds(variants, rounds, measure):
+    """Name -> list of `measure(variant)` over the rounds; each round starts with another one."""
+    found = {name: [] for name in variants}
+    names = list(variants)
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            found[name].append(measure(variants[name]))
     return found
 
 
-def ratio(times, a, b):
-    """Median over the rounds of a's time in b's."""
-    return statistics.median(x/y for x, y in zip(times[a], times[b]))
+def median_ratio(times, name, other):
+    """Median over the rounds of the ratio of two variants' times."""
+    return statistics.median(a / b for a, b in zip(times[name], times[other]))
 
 
-def results(a, paths):
-    """A dict for each path."""
-    for p in paths.values(): p.step(), p.step()                              # warm up; compile
-    times, split, found = rounds(paths, a.rounds, Path.step), rounds(paths, a.rounds_of_parts, Path.parts), []
-    for n in paths:
-        twin = n if "mocov2" in n else f"mocov2 {n}"
-        mb = None if a.no_memory else json.loads(subprocess.run([sys.executable, *sys.argv, "--only", n], check=True, capture_output=True, text=True).stdout)
-        found.append(dict(path=n, seconds=statistics.median(times[n]), of_reference=ratio(times, n, "reference"),
-                          of_mocov2=ratio(times, n, twin) if twin in times else None, peak_mb=mb and round(mb),
-                          parts={k: statistics.median(s[k] for s in split[n]) for k in PARTS} if split[n] else {}))
-    return found
+def measure(options, variants):
+    """A dict for each variant."""
+    for variant in variants.values():
+        for _ in range(2):  # warm up; compile
+            variant.step()
+    times = measure_rounds(variants, options.rounds, Variant.step)
+    parts = measure_rounds(variants, options.rounds_of_parts, Variant.parts)
+    results = []
+    for name in variants:
+        mocov2 = f"mocov2 {name}"
+        megabytes = None if options.no_memory else peak_memory_in_subprocess(name)
+        medians = {}
+        if parts[name]:
+            medians = {part: statistics.median(row[part] for row in parts[name]) for part in PARTS}
+        results.append(
+            {
+                "path": name,
+                "seconds": statistics.median(times[name]),
+                "of_reference": median_ratio(times, name, "reference"),
+                "of_mocov2": median_ratio(times, name, mocov2) if mocov2 in times else None,
+                "peak_mb": megabytes and round(megabytes),
+                "parts": medians,
+            }
+        )
+    return results
 
 
-def table(a, found):
+def format_tables(options, results):
     """The two tables as text."""
-    blank = lambda v, form: format(v, form) if v is not None else ""
-    lines = [f"{a.backbone}, {a.image_size} px, {a.batch_size} pictures, K {a.queue_len}, {a.device}, {torch.get_num_threads()} thread(s), "
-             f"{a.rounds} rounds, torch {torch.__version__}", f"{'path':16}{'seconds':>9}{'of ref.':>9}{'of mocov2':>11}{'peak MB':>9}"]
-    lines += [f"{r['path']:16}{r['seconds']:9.4f}{r['of_reference']:9.3f}{blank(r['of_mocov2'], '.3f'):>11}{blank(r['peak_mb'], 'd'):>9}" for r in found]
-    lines += ["", f"{'milliseconds of':16}" + "".join(f"{r['path']:>16}" for r in found)]
-    lines += [f"{k:16}" + "".join(f"{1e3*r['parts'][k]:16.2f}" for r in found) for k in PARTS if found[0]["parts"]]
+
+    def optional(value, form):
+        return "" if value is None else format(value, form)
+
+    title = (
+        f"{options.backbone}, {options.image_size} px, {options.batch_size} images, "
+        f"K {options.queue_len}, {options.device}, {torch.get_num_threads()} thread(s), "
+        f"{options.rounds} rounds, torch {torch.__version__}"
+    )
+    lines = [
+        title,
+        f"{'variant':16}{'seconds':>9}{'of ref.':>9}{'of mocov2':>11}{'peak MB':>9}",
+    ]
+    for row in results:
+        of_mocov2, megabytes = optional(row["of_mocov2"], ".3f"), optional(row["peak_mb"], "d")
+        lines.append(
+            f"{row['path']:16}{row['seconds']:9.4f}{row['of_reference']:9.3f}"
+            f"{of_mocov2:>11}{megabytes:>9}"
+        )
+    lines += ["", f"{'milliseconds':16}" + "".join(f"{row['path']:>16}" for row in results)]
+    for part in PARTS if results[0]["parts"] else ():
+        numbers = "".join(f"{1e3 * row['parts'][part]:16.2f}" for row in results)
+        lines.append(f"{part:16}{numbers}")
     return "\n".join(lines)
+
+
+def rounded(row):
+    """A variant's dict with five digits per number."""
+    row = {
+        key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()
+    }
+    row["parts"] = {part: round(value, 5) for part, value in row["parts"].items()}
+    return row
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--backbone", default="resnet18", help="as in densecl.train")
+    add("--image-size", type=int, default=128, help="side of an image in pixels")
+    add("--batch-size", type=int, default=16, help="images of this process")
+    add("--queue-len", type=int, default=16384, help="K")
+    add("--hidden", type=int, default=2048, help="width of the heads' hidden layer")
+    add("--dim", type=int, default=128, help="dimension of the embeddings")
+    add(
+        "--chunk",
+        type=int,
+        default=0,
+        help="keys per chunk of the chunked loss; 0: 1024 on the CPU, 8192 on CUDA",
+    )
+    add("--rounds", type=int, default=9, help="steps of each variant")
+    add("--rounds-of-parts", type=int, default=3, help="steps whose parts are timed")
+    add("--threads", type=int, default=0, help="CPU threads; 0: torch decides")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--bf16", action=switch, default=True, help="measure bf16; slow on a CPU without it")
+    add("--compile", action="store_true", help="measure torch.compile of the encoders")
+    add("--no-memory", action="store_true", help="skip the peak memory, one process per variant")
+    add("--only", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main():
     """Measure and print."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--backbone", default="resnet18", help="as in densecl.train")
-    p.add_argument("--image-size", type=int, default=128, help="side of a picture in pixels")
-    p.add_argument("--batch-size", type=int, default=16, help="pictures of this one process")
-    p.add_argument("--queue-len", type=int, default=16384, help="K")
-    p.add_argument("--hidden", type=int, default=2048, help="width of the heads' hidden layer")
-    p.add_argument("--dim", type=int, default=128, help="of a vector")
-    p.add_argument("--chunk", type=int, default=0, help="keys a chunk of the loss, on the fast paths; 0: as the trainer, 1024 on the CPU, 8192 on CUDA")
-    p.add_argument("--rounds", type=int, default=9, help="steps of each path")
-    p.add_argument("--rounds-of-parts", type=int, default=3, help="steps of each path that are taken apart")
-    p.add_argument("--threads", type=int, default=0, help="of the CPU; 0: torch decides")
-    p.add_argument("--device", default="cpu", help="cpu or cuda")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="measure bf16, too; on a CPU without bf16 it is slow")
-    p.add_argument("--compile", action="store_true", help="measure torch.compile of the encoders, too")
-    p.add_argument("--no-memory", action="store_true", help="leave out the peak memory, which takes a process a path")
-    p.add_argument("--only", help=argparse.SUPPRESS)
-    a = p.parse_args()
-    a.chunk = a.chunk or (8192 if a.device == "cuda" else 1024)
-    if a.threads: torch.set_num_threads(a.threads)
-    if a.only: return print(json.dumps(peak(a)))
-    found = results(a, {n: Path(n, a) for n in names(a)})
-    print(table(a, found))
-    rounded = [{k: round(v, 5) if isinstance(v, float) else v for k, v in r.items()} | dict(parts={k: round(v, 5) for k, v in r["parts"].items()}) for r in found]
-    setting = {k: getattr(a, k) for k in ["backbone", "image_size", "batch_size", "queue_len", "device", "rounds"]}
-    print(json.dumps(dict(benchmark="step", **setting, threads=torch.get_num_threads(), torch=torch.__version__, results=rounded)))
+    options = parse_options()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.only:
+        print(json.dumps(peak_memory(options)))
+        return
+    variants = {name: Variant(name, options) for name in variant_names(options)}
+    results = measure(options, variants)
+    print(format_tables(options, results))
+    names = ("backbone", "image_size", "batch_size", "queue_len", "device", "rounds")
+    settings = {name: getattr(options, name) for name in names}
+    settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    results = [rounded(row) for row in results]
+    print(json.dumps({"benchmark": "step", **settings, "results": results}))
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
-"""Options and made-up pictures that several test files share."""
+"""Options and images that several test files share."""
+
 import signal
 
 import numpy as np
@@ -7,11 +8,14 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job has Ctrl-C switched off, and its children inherit that
+# a background job of a shell ignores Ctrl-C, and its children inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="also run the tests marked `long` (minutes)")
+    parser.addoption(
+        "--long", action="store_true", help="also run the tests marked `long` (minutes)"
+    )
 
 
 def pytest_configure(config):
@@ -20,18 +24,23 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--long"): return
+    if config.getoption("--long"):
+        return
     for item in items:
-        if "long" in item.keywords: item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
+        if "long" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
 
 
 @pytest.fixture
-def make_pictures():
-    """A function that fills a folder with small pictures, each coarse coloured noise of its own."""
+def make_images():
+    """A function that fills a folder with small images, each of its own coarse color noise."""
+
     def make(folder, n=12):
         folder.mkdir(parents=True)
         for i in range(n):
             coarse = np.random.default_rng(i).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((64, 48), Image.BICUBIC).save(folder/f"picture-{i:02d}.png")
+            image = Image.fromarray(coarse).resize((64, 48), Image.BICUBIC)
+            image.save(folder / f"image-{i:02d}.png")
         return folder
+
     return make

@@ -1,114 +1,166 @@
-"""All chapters as plain web pages that work offline: `make site` calls `site_pages.py OUT`. Formulas become MathML, which browsers draw themselves."""
+"""All chapters as plain web pages that work offline: `make site` calls `site_pages.py OUT`.
+
+Formulas become MathML, which browsers draw themselves. The sections are those of nbs/sidebar.yml.
+"""
+
 import html
 import json
+import os
 import re
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
+import yaml
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
-NBS = Path(__file__).parents[1]/"nbs"
+NBS = Path(__file__).parents[1] / "nbs"
+STYLE = Path(__file__).with_name("site.css")
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} · densecl</title><link rel="stylesheet" href="style.css"></head>
-<body><input type="checkbox" id="menu" aria-label="chapters"><header><label for="menu">☰</label><a href="index.html">densecl</a></header>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title} · densecl</title><link rel="stylesheet" href="{top}style.css"></head>
+<body><input type="checkbox" id="menu" aria-label="chapters">
+<header><label for="menu">☰</label><a href="{top}index.html">densecl</a></header>
 <nav>{nav}</nav><main>{body}<footer>{footer}</footer></main>
-<script>document.querySelector("nav .here").scrollIntoView({{block: "center"}})</script></body></html>
+<script>document.querySelector("nav .here").scrollIntoView({{block: "center"}})</script>
+</body></html>
 """
-STYLE = """
-:root { --ink: #1d2228; --soft: #5b6570; --line: #e3e6ea; --blue: #1f5fa8; --paper: #f7f8fa }
-* { box-sizing: border-box } body { margin: 0; color: var(--ink); font: 16px/1.6 system-ui, sans-serif }
-header { display: none } #menu { display: none } a { color: var(--blue); text-decoration: none } a:hover { text-decoration: underline }
-nav { position: fixed; inset: 0 auto 0 0; width: 17rem; overflow-y: auto; padding: 1.2rem; background: var(--paper); border-right: 1px solid var(--line); font-size: .9rem }
-nav a { display: block; padding: .16rem .5rem; border-radius: .3rem; color: var(--soft) } nav a.here { background: #dce8f6; color: var(--ink) }
-main { max-width: 58rem; margin: 0 auto 4rem calc(17rem + max(0rem, (100vw - 17rem - 58rem)/2)); padding: 1rem 1.5rem } main p, main ul { max-width: 50rem }
-h1, h2, h3 { line-height: 1.25; margin: 2em 0 .6em } h1 { margin-top: .6em } blockquote { margin: 0; padding: .2em 1em; border-left: 3px solid var(--blue); color: var(--soft) }
-pre { margin: .6em 0; padding: .7em .9em; overflow-x: auto; font: .82rem/1.5 ui-monospace, Menlo, Consolas, monospace }
-pre { background: var(--paper); border-radius: .4rem } .output pre { background: none; border-radius: 0 } .export div.highlight pre { border-left: 3px solid #86b58a }
-.output pre { color: var(--soft); border-left: 3px solid var(--line) } code { font: .88em ui-monospace, Menlo, Consolas, monospace }
-pre code { font: inherit } math { font-family: "STIX Two Math", "Cambria Math", "Latin Modern Math", math }
-img, svg { max-width: 100%; height: auto } .output_area img { display: block } table { border-collapse: collapse; display: block; margin-bottom: 1em; overflow-x: auto; font-size: .92rem }
-th, td { padding: .3em .8em; border-bottom: 1px solid var(--line); text-align: left } math { font-size: 1.05em } math[display=block] { overflow-x: auto; margin: .8em 0 }
-td code { overflow-wrap: anywhere } td:first-child { min-width: 7rem } code.short { white-space: nowrap } .output_area { overflow-x: auto }
-footer { display: flex; gap: 2rem; justify-content: space-between; margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line) } .anchor-link { display: none } footer :last-child { text-align: right }
-@media (min-width: 60rem) { .output pre { white-space: pre-wrap } }
-@media (max-width: 60rem) { header { display: flex; gap: .8rem; position: sticky; top: 0; padding: .6rem 1rem; background: white; border-bottom: 1px solid var(--line); z-index: 2 }
-  nav { display: none; top: 2.9rem; width: auto; right: 0; z-index: 2 } #menu:checked ~ nav { display: block } main { margin: 0 auto; padding: .5rem 1rem } body { font-size: 15px }
-  th, td { padding: .25em .4em } main { padding-bottom: 2rem }
-  .output_area img { max-width: max(100%, 34rem) } }
-"""
+
+
+def sections():
+    """Section -> its chapters (paths below nbs/), in reading order; "" for the first ones."""
+    listed = yaml.safe_load((NBS / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    found = {"": []}
+    for entry in listed:
+        if isinstance(entry, str):
+            found[""].append(entry.removesuffix(".ipynb"))
+        else:
+            found[entry["section"]] = [name.removesuffix(".ipynb") for name in entry["contents"]]
+    return found
 
 
 def mathml(text):
     """Markdown with its formulas as MathML; code is left alone."""
+
     def one(m):
-        if m["code"]: return m[0]
-        tex = (m["block"] or m["line"]).replace(r"\arg", r"\operatorname{arg}")      # the converter does not know it
-        return re.sub(r"\s+", " ", convert(tex.strip(), display="block" if m["block"] else "inline"))
-    return re.sub(r"(?P<code>```.*?```|`[^`\n]*`|^    .*?$)|\$\$(?P<block>.+?)\$\$|(?<![\\$])\$(?P<line>[^$]+?)\$", one, text, flags=re.S | re.M)
+        if m["code"]:
+            return m[0]
+        # the converter does not know \arg
+        tex = (m["block"] or m["line"]).replace(r"\arg", r"\operatorname{arg}")
+        display = "block" if m["block"] else "inline"
+        return re.sub(r"\s+", " ", convert(tex.strip(), display=display))
+
+    code = r"(?P<code>```.*?```|`[^`\n]*`|^    .*?$)"
+    formula = r"\$\$(?P<block>.+?)\$\$|(?<![\\$])\$(?P<line>[^$]+?)\$"
+    return re.sub(f"{code}|{formula}", one, text, flags=re.DOTALL | re.MULTILINE)
 
 
 def title(nb):
     """The first heading of a notebook."""
-    return next(m[1].strip() for c in nb.cells if c.cell_type == "markdown" if (m := re.search(r"^# (.+)$", c.source, re.M)))
+    for cell in nb.cells:
+        heading = re.search(r"^# (.+)$", cell.source, re.MULTILINE)
+        if cell.cell_type == "markdown" and heading:
+            return heading[1].strip()
+    raise ValueError("a notebook without a heading")
 
 
 def describe(cells):
-    """Give each picture the caption below it, in italics, as the text for those who cannot see it."""
-    for cell, below in zip(cells, cells[1:]):
-        caption = re.match(r"\*(.+?)\*(\n\n|\Z)", below.source, re.S) if below.cell_type == "markdown" else None
-        for o in cell.get("outputs", []):
-            if caption and any(k.startswith("image/") for k in o.get("data", {})): o["metadata"]["alt"] = re.sub(r"[*`]|\s+", " ", caption[1])
+    """Use the caption below a figure, in italics, as its alternative text."""
+    for cell, below in pairwise(cells):
+        caption = None
+        if below.cell_type == "markdown":
+            caption = re.match(r"\*(.+?)\*(\n\n|\Z)", below.source, re.DOTALL)
+        for output in cell.get("outputs", []):
+            if caption and any(kind.startswith("image/") for kind in output.get("data", {})):
+                output["metadata"]["alt"] = re.sub(r"[*`]|\s+", " ", caption[1])
 
 
 def joined(outputs):
-    """What a cell printed bit by bit as one block a stream."""
+    """Consecutive outputs of one stream as one block."""
     out = []
-    for o in outputs:
-        if out and o.output_type == out[-1].output_type == "stream" and o.name == out[-1].name: out[-1].text += o.text
-        else: out.append(o)
+    for output in outputs:
+        last = out[-1] if out else None
+        if last and last.output_type == output.output_type == "stream" and last.name == output.name:
+            last.text += output.text
+        else:
+            out.append(output)
     return out
 
 
-def body(nb, names):
-    """A notebook's cells as HTML: hidden ones left out, names of chapters as links."""
+def body(nb):
+    """A notebook's cells as HTML without the hidden ones."""
     cells = [c for c in nb.cells if not re.match(r"#\|\s*(hide|default_exp)", c.source)]
     describe(cells)
-    for c in cells:
-        if c.cell_type == "markdown": c.source = mathml(c.source)
-        elif c.source.startswith("#| export"): c.metadata["tags"] = ["export"]
-        c.source = re.sub(r"\A(#\|.*\n)+", "", c.source)
-        if "outputs" in c: c.outputs = joined(c.outputs)
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            cell.source = mathml(cell.source)
+        elif cell.source.startswith("#| export"):
+            cell.metadata["tags"] = ["export"]
+        cell.source = re.sub(r"\A(#\|.*\n)+", "", cell.source)
+        if "outputs" in cell:
+            cell.outputs = joined(cell.outputs)
     nb = nbformat.from_dict(dict(nb, cells=cells))
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
+    options = dict.fromkeys(("input_prompt", "output_prompt", "anchor_links"), True)
+    options = {f"exclude_{name}": value for name, value in options.items()}
+    exporter = HTMLExporter(template_name="basic", **options)
     out = exporter.from_notebook_node(nb)[0].replace("celltag_export", "export")
-    out = re.sub(r'(<h\d) id="[^>]*>', r"\1>", out)                                  # nbconvert's ids break on quotes, and nothing links there
-    out = re.sub(r'\n+(</pre>)', r'\1', out)
-    out = re.sub(r'(href="[\w.-]+)\.ipynb', r"\1.html", out)
-    out = re.sub(r"<code>([^<\n]{1,30})</code>", r'<code class="short">\1</code>', re.sub(r"(\d) ± (\d)", "\\1\u00a0±\u00a0\\2", out))   # not broken over two lines
-    return re.sub(r'<code class="short">(\d\d[a-z]?_\w+)</code>', lambda m: f'<a href="{m[1]}.html">{m[1]}</a>' if m[1] in names else m[0], out)
+    # nbconvert's ids of headings break on quotes, and nothing links there
+    out = re.sub(r'(<h\d) id="[^>]*>', r"\1>", out)
+    out = re.sub(r"\n+(</pre>)", r"\1", out)
+    out = re.sub(r'(href="[\w./-]+)\.ipynb', r"\1.html", out)
+    # numbers and short code are not broken over two lines
+    out = re.sub(r"(\d) ± (\d)", "\\1\u00a0±\u00a0\\2", out)
+    return re.sub(r"<code>([^<\n]{1,30})</code>", r'<code class="short">\1</code>', out)
+
+
+def link(here, there, text, attributes=""):
+    """A link from one chapter to another."""
+    href = os.path.relpath(there, os.path.dirname(here) or ".")
+    return f'<a href="{href}.html"{attributes}>{text}</a>'
+
+
+def menu(here, titles):
+    """The chapters by section; the current one is marked."""
+    lines = []
+    for section, names in sections().items():
+        if section:
+            lines.append(f"<h2>{html.escape(section)}</h2>")
+        for name in names:
+            mark = ' class="here"' if name == here else ""
+            lines.append(link(here, name, titles[name], mark))
+    return "\n".join(lines)
 
 
 def build(out):
-    """Write every page, the style and the pictures."""
+    """Write every page, the style and the images."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [NBS/"index.ipynb", *sorted(NBS.glob("[0-9]*.ipynb"))]
-    books = {p.stem: nbformat.read(p, 4) for p in paths}
-    titles = {n: title(nb) for n, nb in books.items()}
-    label = lambda n: html.escape(titles[n] if n == "index" else f"{n.split('_')[0]} {titles[n]}")
-    for i, (name, nb) in enumerate(books.items()):
-        nav = "\n".join(f'<a href="{n}.html"{" class=here" if n == name else ""}>{label(n)}</a>' for n in books)
-        around = [list(books)[j] if 0 <= j < len(books) else None for j in (i - 1, i + 1)]
-        footer = "".join(f'<a href="{n}.html">{arrow.format(label(n))}</a>' if n else "<span></span>" for n, arrow in zip(around, ("← {}", "{} →")))
-        (out/f"{name}.html").write_text(PAGE.format(title=html.escape(titles[name]), nav=nav, body=body(nb, books), footer=footer), encoding="utf-8")
-    (out/"style.css").write_text(STYLE + HtmlFormatter(style="friendly").get_style_defs(".highlight"), encoding="utf-8")
-    shutil.copytree(NBS/"images", out/"images", dirs_exist_ok=True)
-    print(json.dumps(dict(pages=len(books), start=str(out/"index.html"))))
+    names = [name for chapters in sections().values() for name in chapters]
+    books = {name: nbformat.read(NBS / f"{name}.ipynb", 4) for name in names}
+    titles = {name: html.escape(title(nb)) for name, nb in books.items()}
+    for i, name in enumerate(names):
+        before, after = names[i - 1] if i else None, names[i + 1] if i + 1 < len(names) else None
+        footer = link(name, before, f"← {titles[before]}") if before else "<span></span>"
+        footer += link(name, after, f"{titles[after]} →") if after else "<span></span>"
+        page = PAGE.format(
+            title=titles[name],
+            top="../" * name.count("/"),
+            nav=menu(name, titles),
+            body=body(books[name]),
+            footer=footer,
+        )
+        path = out / f"{name}.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    highlight = HtmlFormatter(style="friendly").get_style_defs(".highlight")
+    (out / "style.css").write_text(STYLE.read_text() + highlight, encoding="utf-8")
+    shutil.copytree(NBS / "images", out / "images", dirs_exist_ok=True)
+    print(json.dumps({"pages": len(books), "start": str(out / "index.html")}))
 
 
-if __name__ == "__main__": build(*sys.argv[1:])
+if __name__ == "__main__":
+    build(*sys.argv[1:])

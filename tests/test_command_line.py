@@ -1,60 +1,87 @@
-"""`python -m densecl.train` as a user meets it: what it refuses and how, and what a run leaves behind."""
+"""`python -m densecl.train` from outside: what it refuses and how, and what a run leaves behind."""
+
+import ast
+import inspect
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from densecl.config import Config, field_help, presets
-from densecl.files import run_main
+import densecl.config
+from densecl.config import Config, presets
+from densecl.runtime.io import run_command
 from densecl.train import main
 
 ROOT = Path(__file__).parents[1]
-TINY = ("demo --data-root pictures --backbone resnet18-layer2 --image-size 32 --batch-size 4 --queue-len 12 --lr 0.0075 --lambda-warmup 0 --dim 8 --hidden 16 "
-        "--workers 0 --threads 1 --amp off --log-every 1").split() + ["--probe", ""]
-ROW = set("step epoch lr loss loss_global loss_dense match_acc pos neg alike alike_backbone grad queue_fill images_per_s data_wait memory bad".split())
+TINY = shlex.split(
+    "demo --data-root images --backbone resnet18-layer2 --image-size 32 --batch-size 4 "
+    "--queue-len 12 --lr 0.0075 --lambda-warmup 0 --dim 8 --hidden 16 --workers 0 --threads 1 "
+    "--amp off --log-every 1 --probe ''"
+)
+ROW = set(
+    shlex.split(
+        "step epoch lr loss loss_global loss_dense match_acc pos neg alike alike_backbone grad "
+        "queue_fill images_per_s data_wait memory bad"
+    )
+)
 
 
 def command(*argv, before=()):
-    """`python -m densecl.train` in the current folder, as its own process. `before`: folders in front of the Python path."""
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join(map(str, [*before, ROOT])), COLUMNS="400")
-    return subprocess.run([sys.executable, "-m", "densecl.train", *argv], env=env, capture_output=True, text=True, timeout=300)
+    """`python -m densecl.train` in the current folder; `before`: first on the Python path."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*before, ROOT])), "COLUMNS": "400"}
+    return subprocess.run(
+        [sys.executable, "-m", "densecl.train", *argv],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def status_and_text(capsys, *argv):
-    """The same inside this process, which is quicker: exit status, what it wrote to stderr. An exception would pass through."""
+    """The same inside this process, which is faster: exit status, what it wrote to stderr."""
     status = 0
-    try: run_main(main, list(argv))
-    except SystemExit as e: status = e.code
+    try:
+        run_command(main, list(argv))
+    except SystemExit as e:
+        status = e.code
     return status, capsys.readouterr().err
 
 
-def rows(out): return [json.loads(line) for line in (Path(out)/"metrics.jsonl").read_text().splitlines()]
+def rows(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
-def contents(folder): return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in Path(folder).rglob("*")}
+def contents(folder):
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in Path(folder).rglob("*")}
 
 
 def one_line_that_names(text, *words):
     lines = text.splitlines()
     assert len(lines) == 1 and lines[0].startswith("densecl: "), text
-    for word in words: assert word in lines[0], text
+    for word in words:
+        assert word in lines[0], text
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, make_pictures):
-    """The current folder: `pictures` holds twelve; beside it stands what is no data set."""
+def place(tmp_path, monkeypatch, make_images):
+    """The current folder: `images` holds twelve; beside it stands what is no data set."""
     monkeypatch.chdir(tmp_path)
-    make_pictures(tmp_path/"pictures")
-    for folder in ("empty", "texts"): Path(folder).mkdir()
-    Path("texts/notes.txt").write_text("no picture")
+    make_images(tmp_path / "images")
+    for folder in ("empty", "texts"):
+        Path(folder).mkdir()
+    Path("texts/notes.txt").write_text("no image")
     Path("set.tar").write_bytes(b"")
     Path("empty.txt").write_text("\n")
     Path("gone.txt").write_text("gone.jpg\n")
@@ -69,8 +96,8 @@ def place(tmp_path, monkeypatch, make_pictures):
 def no_torch(tmp_path_factory):
     """A folder whose `torch` raises when it is imported."""
     folder = tmp_path_factory.mktemp("no_torch")
-    (folder/"torch").mkdir()
-    (folder/"torch"/"__init__.py").write_text("raise SystemError('torch was imported')")
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text("raise SystemError('torch was imported')")
     return folder
 
 
@@ -90,7 +117,7 @@ REFUSED = [
     ("demo --data-root torn.json", ["--data-root", "torn.json"]),
     ("demo --data-root list.json", ["--data-root", "list.json"]),
     ("demo --data-root gone.json", ["--data-root", "gone.json"]),
-    ("demo --data-root pictures --batch-size 13", ["--batch-size 13", "12 pictures"]),
+    ("demo --data-root images --batch-size 13", ["--batch-size 13", "12 images"]),
     ("demo --lr nan", ["--lr", "nan"]),
     ("demo --lr inf", ["--lr", "inf"]),
     ("demo --lr fast", ["--lr", "fast"]),
@@ -108,12 +135,21 @@ REFUSED = [
     ("demo --device toaster", ["--device", "cpu", "cuda"]),
     ("demo --on-bad-image shrug", ["--on-bad-image", "skip", "raise"]),
     ("demo --learning-rate 1", ["--learning-rate"]),
+    ("demo --keep 3", ["--keep: renamed to --keep-checkpoints"]),
+    ("demo --bad-share 1", ["--bad-share: renamed to --max-corrupt-fraction"]),
+    ("demo --match-warmup 9", ["--match-warmup: renamed to --geometry-warmup"]),
+    ("demo --match true", ["--match true: renamed to geometry"]),
+    ("demo --match agreed", ["--match agreed: renamed to verified"]),
+    ("demo --match centred", ["--match centred: renamed to centered"]),
+    ("demo --negatives own", ["--negatives own: renamed to intra-image"]),
     ("demo demo", ["demo"]),
 ]
 
 
 @pytest.mark.parametrize("options, words", REFUSED, ids=[o or "no preset" for o, _ in REFUSED])
-def test_wrong_input_is_one_line_and_status_2_and_never_loads_torch(options, words, place, no_torch):
+def test_wrong_input_is_one_line_and_status_2_and_never_loads_torch(
+    options, words, place, no_torch
+):
     before = contents(".")
     got = command(*options.split(), before=[no_torch])
     assert got.returncode == 2, got.stderr
@@ -177,12 +213,20 @@ def test_an_out_that_is_a_file_is_refused(place, capsys):
     assert contents(".") == before
 
 
-def test_help_names_every_field_with_its_comment(no_torch):
+def field_docs():
+    """The string below each field of the config: name -> text."""
+    body = ast.parse(inspect.getsource(densecl.config.Config)).body[0].body
+    pairs = [(a, b) for a, b in pairwise(body) if isinstance(a, ast.AnnAssign)]
+    return {a.target.id: " ".join(b.value.value.split()) for a, b in pairs}
+
+
+def test_help_names_every_field_with_its_text(no_torch):
     got = command("--help", before=[no_torch])
     assert got.returncode == 0 and got.stderr == ""
+    shown, docs = " ".join(got.stdout.split()), field_docs()
     for f in fields(Config):
-        assert f"--{f.name.replace('_', '-')} " in got.stdout or f"--{f.name.replace('_', '-')}," in got.stdout, f.name
-        assert field_help()[f.name] in got.stdout, f.name
+        assert f"--{f.name.replace('_', '-')} " in shown, f.name
+        assert docs[f.name] in shown, f.name
 
 
 def test_list_names_every_preset(no_torch):
@@ -195,7 +239,7 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(place, no_torch):
     before = contents(".")
     got = command(*TINY, "--dry-run", before=[no_torch])
     assert got.returncode == 0 and got.stderr == ""
-    assert "12 pictures, 3 steps an epoch" in got.stdout
+    assert "12 images, 3 steps per epoch" in got.stdout
     assert contents(".") == before
 
 
@@ -207,26 +251,35 @@ def test_another_batch_size_and_a_long_queue_bring_hints(place, no_torch):
 
 
 def test_a_run_leaves_the_folder_that_the_design_describes(place):
-    got = command(*TINY, "--max-steps", "5", "--save-every", "2", "--keep", "2", "--out", "out")
+    options = shlex.split("--max-steps 5 --save-every 2 --keep-checkpoints 2 --out out")
+    got = command(*TINY, *options)
     assert got.returncode == 0, got.stderr
     assert "Traceback" not in got.stderr
     out = Path("out")
-    assert sorted(p.name for p in out.glob("*.pt")) == ["last.pt", "step-00000004.pt", "step-00000005.pt"]
-    assert sorted(p.name for p in (out/"matches").iterdir()) == [f"step-0000000{s}.png" for s in (2, 4, 5)]
-    config = json.loads((out/"config.json").read_text())
+    assert sorted(p.name for p in out.glob("*.pt")) == [
+        "last.pt",
+        "step-00000004.pt",
+        "step-00000005.pt",
+    ]
+    assert sorted(p.name for p in (out / "matches").iterdir()) == [
+        f"step-0000000{s}.png" for s in (2, 4, 5)
+    ]
+    config = json.loads((out / "config.json").read_text())
     assert set(config) == {f.name for f in fields(Config)}
-    assert config["image_size"] == 32 and config["loss_lambda"] == .5
+    assert config["image_size"] == 32 and config["loss_lambda"] == 0.5
     written = rows(out)
     assert [r["step"] for r in written] == [1, 2, 3, 4, 5]
     assert [r["epoch"] for r in written] == [0, 0, 0, 1, 1]
     assert all(set(r) == ROW for r in written)
-    assert [r["queue_fill"] for r in written] == pytest.approx([1/3, 2/3, 1, 1, 1])
-    assert all(r["loss"] == pytest.approx((r["loss_global"] + r["loss_dense"])/2) for r in written)
+    assert [r["queue_fill"] for r in written] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1])
+    assert all(
+        r["loss"] == pytest.approx((r["loss_global"] + r["loss_dense"]) / 2) for r in written
+    )
     assert all(0 <= r["match_acc"] <= 1 for r in written)
-    saved = torch.load(out/"last.pt", weights_only=True)
+    saved = torch.load(out / "last.pt", weights_only=True)
     assert saved["step"] == 5
     assert {"queue.keys", "queue.ptr", "queue2.keys", "queue2.ptr"} <= set(saved["model"])
-    events = EventAccumulator(str(out/"events")).Reload()
+    events = EventAccumulator(str(out / "events")).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in written])
 
@@ -239,24 +292,30 @@ def test_a_second_call_with_more_steps_goes_on_as_if_never_interrupted(place, ca
     assert "resumed at step 4" in text
     assert [r["step"] for r in rows("halves")] == [1, 2, 3, 4, 5, 6, 7]
     for a, b in zip(rows("whole"), rows("halves")):
-        for k in ROW - {"images_per_s", "data_wait", "memory"}: assert a[k] == b[k], k
-    whole, halves = (torch.load(f"{o}/last.pt", weights_only=True)["model"] for o in ("whole", "halves"))
+        for k in ROW - {"images_per_s", "data_wait", "memory"}:
+            assert a[k] == b[k], k
+    whole, halves = (
+        torch.load(f"{o}/last.pt", weights_only=True)["model"] for o in ("whole", "halves")
+    )
     assert all(torch.equal(whole[k], halves[k]) for k in whole)
 
 
 def test_rows_and_half_a_row_after_the_last_checkpoint_are_written_anew(place, capsys):
     assert status_and_text(capsys, *TINY, "--max-steps", "2", "--out", "out")[0] == 0
-    lost = rows("out")[-1] | dict(step=3, loss=77.)
-    with open("out/metrics.jsonl", "a") as f: f.write(json.dumps(lost) + "\n" + '{"step": 4, "lo')
+    lost = rows("out")[-1] | {"step": 3, "loss": 77.0}
+    with open("out/metrics.jsonl", "a") as f:
+        f.write(json.dumps(lost) + "\n" + '{"step": 4, "lo')
     assert status_and_text(capsys, *TINY, "--max-steps", "4", "--out", "out")[0] == 0
     assert [r["step"] for r in rows("out")] == [1, 2, 3, 4]
-    assert 77. not in [r["loss"] for r in rows("out")]
+    assert 77.0 not in [r["loss"] for r in rows("out")]
 
 
 def test_a_call_with_other_settings_is_refused_by_their_names(place, capsys):
     assert status_and_text(capsys, *TINY, "--max-steps", "1", "--out", "out")[0] == 0
     before = contents("out")
-    status, text = status_and_text(capsys, *TINY, "--max-steps", "2", "--out", "out", "--temperature", "0.3", "--seed", "1")
+    status, text = status_and_text(
+        capsys, *TINY, "--max-steps", "2", "--out", "out", "--temperature", "0.3", "--seed", "1"
+    )
     assert status == 2
     one_line_that_names(text, "--out out", "temperature 0.2 (now 0.3)", "seed 0 (now 1)")
     assert contents("out") == before
@@ -264,7 +323,18 @@ def test_a_call_with_other_settings_is_refused_by_their_names(place, capsys):
 
 def test_resume_never_begins_anew(place, capsys):
     assert status_and_text(capsys, *TINY, "--max-steps", "3", "--out", "out")[0] == 0
-    status, text = status_and_text(capsys, *TINY, "--max-steps", "2", "--out", "out", "--resume", "never", "--temperature", "0.3")
+    status, text = status_and_text(
+        capsys,
+        *TINY,
+        "--max-steps",
+        "2",
+        "--out",
+        "out",
+        "--resume",
+        "never",
+        "--temperature",
+        "0.3",
+    )
     assert status == 0
     assert "resumed" not in text
     assert [r["step"] for r in rows("out")] == [1, 2]
@@ -273,7 +343,9 @@ def test_resume_never_begins_anew(place, capsys):
 def test_resume_takes_the_checkpoint_that_it_is_given(place, capsys):
     assert status_and_text(capsys, *TINY, "--max-steps", "2", "--out", "first")[0] == 0
     shutil.copy("first/last.pt", "kept.pt")
-    status, text = status_and_text(capsys, *TINY, "--max-steps", "3", "--out", "second", "--resume", "kept.pt")
+    status, text = status_and_text(
+        capsys, *TINY, "--max-steps", "3", "--out", "second", "--resume", "kept.pt"
+    )
     assert status == 0
     assert "resumed at step 2" in text
     assert [r["step"] for r in rows("second")] == [3]
@@ -281,14 +353,23 @@ def test_resume_takes_the_checkpoint_that_it_is_given(place, capsys):
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(place, capsys):
     long = [*TINY, "--epochs", "100000", "--out", "out"]
-    first = subprocess.Popen([sys.executable, "-m", "densecl.train", *long], env=os.environ | dict(PYTHONPATH=str(ROOT)),
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [sys.executable, "-m", "densecl.train", *long],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         until = time.monotonic() + 120
-        while not Path("out/metrics.jsonl").exists() and first.poll() is None and time.monotonic() < until: time.sleep(.1)
+        while (
+            not Path("out/metrics.jsonl").exists()
+            and first.poll() is None
+            and time.monotonic() < until
+        ):
+            time.sleep(0.1)
         assert Path("out/metrics.jsonl").exists()
         status, text = status_and_text(capsys, *long)
-        assert first.poll() is None          # the first one is not disturbed
+        assert first.poll() is None  # the first one is not disturbed
     finally:
         first.kill()
         first.wait()
@@ -298,32 +379,37 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(plac
     assert [r["step"] for r in rows("out")] == [1, 2]
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", "half"], ids=["empty", "text", "torn"])
-def test_a_rotten_picture_is_skipped_named_once_and_counted(content, place, capsys):
-    rotten = Path("pictures/picture-05.png")
-    rotten.write_bytes(rotten.read_bytes()[:200] if content == "half" else content)
-    status, text = status_and_text(capsys, *TINY, "--epochs", "3", "--out", "out", "--bad-share", "0.5")
+@pytest.mark.parametrize("content", [b"", b"no image", "half"], ids=["empty", "text", "torn"])
+def test_a_corrupt_image_is_skipped_named_once_and_counted(content, place, capsys):
+    corrupt = Path("images/image-05.png")
+    corrupt.write_bytes(corrupt.read_bytes()[:200] if content == "half" else content)
+    status, text = status_and_text(
+        capsys, *TINY, "--epochs", "3", "--out", "out", "--max-corrupt-fraction", "0.5"
+    )
     assert status == 0, text
-    assert text.count("picture-05.png") == 1
+    assert text.count("image-05.png") == 1
     assert [r["step"] for r in rows("out")] == list(range(1, 10))
     counted = [r["bad"] for r in rows("out")]
     assert counted == sorted(counted)
-    assert counted[2] >= 1 and counted[5] >= 2 and counted[8] >= 3   # once an epoch at least; a replacement may hit it again
+    assert (
+        counted[2] >= 1 and counted[5] >= 2 and counted[8] >= 3
+    )  # once an epoch at least; a replacement may hit it again
 
 
-def test_one_rotten_picture_stops_the_run_on_request(place):
-    Path("pictures/picture-05.png").write_bytes(b"no picture")
+def test_one_corrupt_image_stops_the_run_on_request(place):
+    Path("images/image-05.png").write_bytes(b"no image")
     got = command(*TINY, "--out", "out", "--on-bad-image", "raise", "--log-every", "50")
     assert got.returncode == 1
     assert "Traceback" not in got.stderr
     last = got.stderr.strip().splitlines()[-1]
-    assert last.startswith("densecl: ") and "picture-05.png" in last
+    assert last.startswith("densecl: ") and "image-05.png" in last
     assert sum(line.startswith("densecl: ") for line in got.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("rotten", [8, 12])
-def test_a_set_that_is_mostly_rotten_stops(rotten, place, capsys):
-    for i in range(rotten): Path(f"pictures/picture-{i:02d}.png").write_bytes(b"no picture")
+@pytest.mark.parametrize("corrupt", [8, 12])
+def test_a_set_that_is_mostly_corrupt_stops(corrupt, place, capsys):
+    for i in range(corrupt):
+        Path(f"images/image-{i:02d}.png").write_bytes(b"no image")
     status, text = status_and_text(capsys, *TINY, "--out", "out")
     assert status == 1
     last = text.strip().splitlines()[-1]
@@ -331,8 +417,9 @@ def test_a_set_that_is_mostly_rotten_stops(rotten, place, capsys):
     assert not Path("out/last.pt").exists()
 
 
-def test_a_set_that_is_mostly_rotten_stops_when_workers_load_it(place):
-    for i in range(12): Path(f"pictures/picture-{i:02d}.png").write_bytes(b"no picture")
+def test_a_set_that_is_mostly_corrupt_stops_when_workers_load_it(place):
+    for i in range(12):
+        Path(f"images/image-{i:02d}.png").write_bytes(b"no image")
     got = command(*TINY, "--out", "out", "--workers", "1")
     assert got.returncode == 1
     assert "Traceback" not in got.stderr
@@ -344,11 +431,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(place):
     assert got.returncode == 1
     assert "Traceback" not in got.stderr
     last = got.stderr.strip().splitlines()[-1]
-    assert last.startswith("densecl: ") and "loss of step 2 is not finite" in last and "--lr" in last
+    assert (
+        last.startswith("densecl: ") and "loss of step 2 is not finite" in last and "--lr" in last
+    )
 
 
 def test_no_checkpoint_holds_what_is_not_finite(place, capsys):
-    status, text = status_and_text(capsys, *TINY, "--lr", "1e30", "--out", "out", "--log-every", "5", "--save-every", "1", "--epochs", "4")
+    status, _text = status_and_text(
+        capsys,
+        *TINY,
+        "--lr",
+        "1e30",
+        "--out",
+        "out",
+        "--log-every",
+        "5",
+        "--save-every",
+        "1",
+        "--epochs",
+        "4",
+    )
     assert status == 1
     saved = torch.load("out/last.pt", weights_only=True)["model"]
     assert all(v.isfinite().all() for v in saved.values())

@@ -1,4 +1,5 @@
-"""The fast pipeline in a run: the same whatever the number of workers and however they start, loaded only when asked for."""
+"""The fast pipelines in a run: the same batches for any number of workers, imported on demand."""
+
 import json
 import subprocess
 import sys
@@ -10,92 +11,137 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from densecl.augment import Recipe, TwoViews
-from densecl.config import Config, check
-from densecl.data import open_source
-from densecl.fast import FastViews
-from densecl.feed import ByKey, collate, loader, one_thread, two_views
-from densecl.files import UsageError
+from densecl.augment import AugmentConfig, TwoViews, denormalize
+from densecl.config import Config, validate_config
+from densecl.data.dataset import open_source
+from densecl.data.fast_augment import FastViews
+from densecl.data.loader import KeyedDataset, build_loader, build_views, collate, init_worker
+from densecl.runtime.io import UsageError
 from densecl.trainer import train
 
-TINY = Config(backbone="resnet18-layer2", image_size=32, batch_size=4, queue_len=12, hidden=16, dim=8, workers=0, threads=1, epochs=2, log_every=1,
-              momentum=.9, lr=.01, augment="fast", device="cpu")
+TINY = Config(
+    backbone="resnet18-layer2",
+    image_size=32,
+    batch_size=4,
+    queue_len=12,
+    hidden=16,
+    dim=8,
+    workers=0,
+    threads=1,
+    epochs=2,
+    log_every=1,
+    momentum=0.9,
+    lr=0.01,
+    augment="fast",
+    device="cpu",
+)
 KEYS = ("im_q", "im_k", "affine_q", "affine_k", "index")
 
 
 @pytest.fixture
-def pictures(make_pictures, tmp_path):
-    """A folder of twelve: JPEGs, one of them turned and one torn, and PNGs."""
-    folder = make_pictures(tmp_path/"pictures")
-    turn = Image.Exif()
-    turn[0x112] = 6
-    for i, name in enumerate(sorted(p.name for p in folder.iterdir())):
-        if i % 3 == 0: continue
-        image = Image.open(folder/name)
-        image.load()
-        (folder/name).unlink()
-        image.convert("RGB").resize((160, 120)).save(folder/name.replace("png", "jpg"), exif=turn if i == 4 else Image.Exif())
-    torn = sorted(folder.glob("*.jpg"))[4]
-    torn.write_bytes(torn.read_bytes()[:900])
+def images(make_images, tmp_path):
+    """A folder of twelve images: PNGs, and JPEGs, one of them rotated and one truncated."""
+    folder = make_images(tmp_path / "images")
+    rotated = Image.Exif()
+    rotated[0x112] = 6
+    for i, path in enumerate(sorted(folder.iterdir())):
+        if i % 3 == 0:
+            continue
+        image = Image.open(path).convert("RGB").resize((160, 120))
+        path.unlink()
+        image.save(path.with_suffix(".jpg"), exif=rotated if i == 4 else Image.Exif())
+    truncated = sorted(folder.glob("*.jpg"))[4]
+    truncated.write_bytes(truncated.read_bytes()[:900])
     return folder
 
 
-def same(a, b): return all(torch.equal(a[k], b[k]) for k in KEYS) and a["bad"] == b["bad"]
+def assert_same(a, b):
+    assert all(torch.equal(a[key], b[key]) for key in KEYS) and a["bad"] == b["bad"]
 
 
-def test_batches_are_the_same_for_any_number_of_workers_and_for_a_start_in_the_middle(pictures):
-    config = replace(TINY, data_root=str(pictures))
-    alone, one, four = (list(loader(replace(config, workers=n), two_views(config), 0, 6)) for n in (0, 1, 4))
-    assert len(alone) == 6 and alone[0]["im_q"].dtype == torch.uint8
-    assert all(same(a, b) and same(a, c) for a, b, c in zip(alone, one, four))
-    assert all(same(a, b) for a, b in zip(alone[4:], loader(config, two_views(config), 4, 6)))
-    assert not torch.equal(alone[0]["im_q"], alone[3]["im_q"])                      # another epoch
+def test_batches_are_the_same_for_any_number_of_workers_and_for_a_start_in_the_middle(images):
+    config = replace(TINY, data_root=str(images))
+
+    def batches(first, workers):
+        loader = build_loader(replace(config, workers=workers), build_views(config), first, 6)
+        return list(loader)
+
+    expected = batches(0, workers=0)
+    assert len(expected) == 6 and expected[0]["im_q"].dtype == torch.uint8
+    for workers in (1, 4):
+        for a, b in zip(expected, batches(0, workers), strict=True):
+            assert_same(a, b)
+    for a, b in zip(expected[4:], batches(4, workers=0), strict=True):
+        assert_same(a, b)
+    assert not torch.equal(expected[0]["im_q"], expected[3]["im_q"])  # another epoch
 
 
-def test_workers_that_are_spawned_give_the_same(pictures):
-    views = ByKey(FastViews(open_source(str(pictures)), Recipe(size=32), 3), 3)
+def test_spawned_workers_make_the_same_batches(images):
+    views = KeyedDataset(FastViews(open_source(str(images)), AugmentConfig(size=32), 3), 3)
     keys = [[(0, p, p) for p in range(4)], [(1, p, p) for p in range(4, 8)]]
-    made = DataLoader(views, batch_sampler=keys, num_workers=1, collate_fn=collate, worker_init_fn=one_thread, multiprocessing_context="spawn")
-    assert all(same(a, collate([views[k] for k in ks])) for a, ks in zip(made, keys))
+    loader = DataLoader(
+        views,
+        batch_sampler=keys,
+        num_workers=1,
+        collate_fn=collate,
+        worker_init_fn=init_worker,
+        multiprocessing_context="spawn",
+    )
+    for batch, batch_keys in zip(loader, keys, strict=True):
+        assert_same(batch, collate([views[key] for key in batch_keys]))
 
 
-def test_the_two_pipelines_agree_on_geometry_on_rotten_pictures_and_nearly_on_pixels(pictures):
-    slow, quick = (kind(open_source(str(pictures)), Recipe(size=64), 0) for kind in (TwoViews, FastViews))
-    bad = 0
-    for i in range(len(slow)):
-        a, b = slow.at(2, i, i), quick.at(2, i, i)
-        assert torch.equal(a["affine_q"], b["affine_q"]) and torch.equal(a["affine_k"], b["affine_k"]) and (a["index"], a["bad"]) == (b["index"], b["bad"])
-        floats = collate([b])["im_q"].float()[0]/255
-        back = a["im_q"]*torch.tensor((.229, .224, .225))[:, None, None] + torch.tensor((.485, .456, .406))[:, None, None]
-        assert (floats - back).abs().mean()*255 < 3
-        bad += len(a["bad"])
-    assert bad >= 1
+def test_the_pipelines_agree_on_geometry_and_corrupt_images_and_nearly_on_pixels(images):
+    config = AugmentConfig(size=64)
+    reference_views = TwoViews(open_source(str(images)), config, 0)
+    fast_views = FastViews(open_source(str(images)), config, 0)
+    corrupt = 0
+    for i in range(len(reference_views)):
+        reference, fast = reference_views.at(2, i, i), fast_views.at(2, i, i)
+        for key in ("affine_q", "affine_k"):
+            assert torch.equal(reference[key], fast[key])
+        assert (reference["index"], reference["bad"]) == (fast["index"], fast["bad"])
+        expected = denormalize(reference["im_q"]).astype(float)
+        levels = collate([fast])["im_q"][0].permute(1, 2, 0).numpy()
+        assert abs(levels - expected).mean() < 3
+        corrupt += len(reference["bad"])
+    assert corrupt >= 1
 
 
 @pytest.mark.parametrize("augment", ["fast", "device"])
-def test_a_run_with_it_is_the_same_for_any_number_of_workers_and_goes_on_exactly(pictures, tmp_path, augment):
-    config = replace(TINY, data_root=str(pictures), augment=augment)
-    def losses(out, **settings):
-        train(replace(config, out=str(tmp_path/out), **settings))
-        return [json.loads(line)["loss"] for line in (tmp_path/out/"metrics.jsonl").read_text().splitlines()]
-    whole = losses("whole")
-    assert len(whole) == 6 and np.isfinite(whole).all() and losses("workers", workers=2) == whole
-    losses("halves", max_steps=3)
-    assert losses("halves") == whole
+def test_a_run_is_the_same_for_any_number_of_workers_and_resumes_exactly(images, tmp_path, augment):
+    config = replace(TINY, data_root=str(images), augment=augment)
+
+    def losses(out, **fields):
+        train(replace(config, out=str(tmp_path / out), **fields))
+        rows = (tmp_path / out / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(row)["loss"] for row in rows]
+
+    expected = losses("complete")
+    assert len(expected) == 6 and np.isfinite(expected).all()
+    assert losses("workers", workers=2) == expected
+    losses("resumed", max_steps=3)
+    assert losses("resumed") == expected
 
 
-def test_the_config_knows_it():
-    check(TINY)
-    with pytest.raises(UsageError, match="--augment quick: choose from reference, fast"): check(replace(TINY, augment="quick"))
+def test_the_config_validates_the_pipeline():
+    validate_config(TINY)
+    with pytest.raises(UsageError, match="--augment quick: choose from reference, fast"):
+        validate_config(replace(TINY, augment="quick"))
 
 
-def test_its_libraries_are_loaded_only_when_it_is_asked_for():
-    ask = "import sys, densecl.train, densecl.trainer; print([m for m in ('cv2', 'simplejpeg') if m in sys.modules])"
-    got = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
-    assert got.stdout == "[]\n", got.stderr
+def test_its_libraries_are_imported_on_demand():
+    code = (
+        "import sys, densecl.train, densecl.trainer; "
+        "print([name for name in ('cv2', 'simplejpeg') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
-def test_without_its_libraries_it_is_refused_with_the_command_that_helps(monkeypatch):
-    monkeypatch.delitem(sys.modules, "densecl.fast")
+def test_the_error_for_missing_libraries_contains_the_command_that_installs_them(monkeypatch):
+    monkeypatch.delitem(sys.modules, "densecl.data.fast_augment")
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    with pytest.raises(UsageError, match="pip install opencv-python-headless simplejpeg"): two_views(replace(TINY, data_root="photos"))
+    with pytest.raises(UsageError, match="pip install opencv-python-headless simplejpeg"):
+        build_views(replace(TINY, data_root="photos"))

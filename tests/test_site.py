@@ -1,5 +1,7 @@
-"""The chapters as web pages: every link leads somewhere, every formula is drawn, nothing is fetched from outside."""
+"""The chapters as web pages: links lead somewhere, formulas are drawn, nothing is fetched."""
+
 import json
+import os
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -7,52 +9,108 @@ from urllib.parse import unquote
 import pytest
 import site_pages
 
+NBS = site_pages.NBS
+NAMES = [str(p.relative_to(NBS).with_suffix("")) for p in NBS.rglob("*.ipynb")]
+NAMES = sorted(name for name in NAMES if ".ipynb_checkpoints" not in name)
+
+
+def cells(name):
+    return json.loads((NBS / f"{name}.ipynb").read_text())["cells"]
+
+
+def markdown(name):
+    return "\n".join("".join(c["source"]) for c in cells(name) if c["cell_type"] == "markdown")
+
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Name of the page -> its HTML."""
+    """Path of the page below the site -> its HTML."""
     folder = tmp_path_factory.mktemp("site")
     site_pages.build(folder)
-    return {p.name: p.read_text(encoding="utf-8") for p in folder.glob("*.html")}, folder
+    found = {str(p.relative_to(folder)): p.read_text("utf-8") for p in folder.rglob("*.html")}
+    return found, folder
 
 
 def test_every_notebook_is_a_page(pages):
-    assert set(pages[0]) == {f"{p.stem}.html" for p in site_pages.NBS.glob("*.ipynb")}
+    assert set(pages[0]) == {f"{name}.html" for name in NAMES}
 
 
 def test_every_internal_link_leads_to_a_page_and_a_heading(pages):
     found, folder = pages
     for name, text in found.items():
         for link in re.findall(r'(?:href|src)="([^"]+)"', text):
-            if re.match(r"https?:|data:|mailto:", link): continue
+            if re.match(r"https?:|data:|mailto:", link):
+                continue
             page, _, anchor = link.partition("#")
-            page = page or name
-            assert (folder/page).exists() or (site_pages.NBS/page).resolve().exists(), f"{name} links to {link}"
-            if anchor: assert f'id="{unquote(anchor)}"' in found[page], f"{name} links to {link}"
+            page = os.path.normpath(os.path.join(os.path.dirname(name), page)) if page else name
+            assert (folder / page).exists() or (NBS / page).resolve().exists(), f"{name}: {link}"
+            if anchor:
+                assert f'id="{unquote(anchor)}"' in found[page], f"{name} links to {link}"
+
+
+def test_links_between_notebooks_and_from_the_readme_lead_to_files():
+    readme = (NBS.parent / "README.md").read_text("utf-8")
+    texts = {name: (NBS / f"{name}.ipynb", markdown(name)) for name in NAMES}
+    texts["README"] = (NBS.parent / "README.md", readme)
+    for name, (path, text) in texts.items():
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"https?:|mailto:|attachment:|#", link):
+                continue
+            assert (path.parent / link.partition("#")[0]).exists(), f"{name} links to {link}"
 
 
 def test_nothing_is_fetched_and_no_formula_is_left_as_text(pages):
     for name, text in pages[0].items():
         assert not re.search(r'<(script|link|img)[^>]+(src|href)="https?:', text), name
-        shown = re.sub(r"<script.*?</script>|<pre.*?</pre>|<code.*?</code>|<annotation.*?</annotation>", "", text, flags=re.S)
-        assert not re.search(r"\$[^$<]+\$|\\[a-z]{3,}", re.sub(r"<[^>]+>", "", shown)), name
+        for tag in ("script", "pre", "code", "annotation"):
+            text = re.sub(f"<{tag}.*?</{tag}>", "", text, flags=re.DOTALL)
+        assert not re.search(r"\$[^$<]+\$|\\[a-z]{3,}", re.sub(r"<[^>]+>", "", text)), name
 
 
-def test_every_picture_has_words_for_those_who_cannot_see_it(pages):
-    missing = [name for name, text in pages[0].items() for tag in re.findall(r"<img[^>]*>", text)
-               if not re.search(r"""alt=("[^"]{15,}"|'[^']{15,}')""", tag) or "No description" in tag]
-    assert not missing, f"pictures without a caption in italics right below them: {missing}"
+def test_every_figure_has_an_alternative_text(pages):
+    alt = re.compile(r"""alt=("[^"]{15,}"|'[^']{15,}')""")
+    missing = [
+        name
+        for name, text in pages[0].items()
+        for tag in re.findall(r"<img[^>]*>", text)
+        if not alt.search(tag) or "No description" in tag
+    ]
+    assert not missing, f"figures without a caption in italics right below them: {missing}"
 
 
-def test_the_quarto_sidebar_lists_every_chapter_in_order():
-    listed = re.findall(r"- (\w+)\.ipynb", (site_pages.NBS/"sidebar.yml").read_text())
-    assert listed == ["index", *sorted(p.stem for p in site_pages.NBS.glob("[0-9]*.ipynb"))]
+def test_the_sections_list_every_chapter_once_and_the_pages_show_them(pages):
+    sections = site_pages.sections()
+    listed = [name for names in sections.values() for name in names]
+    assert sorted(listed) == NAMES and listed[:2] == ["index", "00_tour"]
+    for text in pages[0].values():
+        assert re.findall(r"<h2>(.*?)</h2>", text.split("<main>")[0]) == list(sections)[1:]
 
 
-def test_every_chapter_says_where_on_the_map_it_is():
-    stops = set()
-    for path in sorted(site_pages.NBS.glob("[0-9]*.ipynb")):
-        here = re.findall(r"^You are here: (.*)$", "".join(json.loads(path.read_text())["cells"][0]["source"]), re.M)
-        assert len(here) == 1 and len(re.findall(r"\*\*\[\w+\]", here[0])) == 1, path.name
-        stops.add(here[0].replace("*", ""))
-    assert len(stops) == 1
+def test_the_readme_lists_the_chapters_in_the_same_order_and_sections():
+    text, last = markdown("index").split("## The notebooks, in reading order")[1], 0
+    for section, names in site_pages.sections().items():
+        for name in names:
+            if name == "index":
+                continue
+            at = text.find(f"]({name}.ipynb)", last)
+            assert at >= last, f"{name} is not listed, or not in the order of the sidebar"
+            last = at
+        if section:
+            assert f"**{section}**" in text, section
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "index"])
+def test_every_chapter_says_where_it_belongs(name):
+    section = next(s for s, names in site_pages.sections().items() if name in names) or "Start"
+    first = "".join(cells(name)[0]["source"])
+    title = re.match(r"# (.+)", first)[1]
+    index = os.path.relpath("index.ipynb", os.path.dirname(name) or ".")
+    here = f"You are here: [densecl]({index}) › {section} › **{title}**"
+    assert re.findall(r"(?m)^You are here: .*$", first) == [here]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chapters_are_named_by_links_not_by_file_names(name):
+    text = re.sub(r"\]\([^)]*\)", "]()", markdown(name))
+    files = {Path(n).name for n in NAMES} - {"index", "gallery", "results", "ablations"}
+    assert not re.findall(rf"`?\b({'|'.join(files)})\b`?", text)
