@@ -1,13 +1,15 @@
-"""The paper's claim at a scale that one machine carries: pre-train with several methods and seeds, ask the frozen features, keep each run's row.
+"""Pre-train with several methods and seeds, evaluate the frozen features, store one row per run.
 
-    python benchmarks/reproduce.py methods --seeds 0 1 2 --pictures pictures.lmdb --voc VOCdevkit
+    python benchmarks/reproduce.py methods --seeds 0 1 2 --images images.lmdb --voc VOCdevkit
 
-A finished run appends one row to benchmarks/results.jsonl: settings, commit, command, figures, and how they came about. What has its row
-is not run again, and a run that was interrupted goes on from its checkpoint; so a study can be stopped and started at will, and several
-of these commands may work at it side by side, one core each. 33_results draws what rows there are.
+A finished run appends one row to benchmarks/results.jsonl: its settings, commit, command, results
+and loss curves. A run that has its row is not repeated, and an interrupted run continues from its
+checkpoint; so a study can be stopped and started at any time, and several of these commands can
+work on it at once, one core each. nbs/guides/results.ipynb shows the rows.
 
-The rows that come with the repository are of 1700 pictures (1000 of ImageNet, one a class; 600 of VOC 2012, 100 of COCO train2017), made into one file by
-`python -m densecl.data lmdb pictures.txt pictures.lmdb --short-side 192`, and of a VOC subset of 800 (600 to fit the probes on, 200 to score).
+The rows in the repository are of 1700 images (1000 of ImageNet, one per class; 600 of VOC 2012; 100
+of COCO train2017), converted by `python -m densecl.data lmdb images.txt images.lmdb --short-side
+192`, and of a VOC subset of 800 images for the probes (600 to fit, 200 to score).
 """
 
 import argparse
@@ -22,25 +24,31 @@ import torch
 
 from densecl.config import Config
 from densecl.correspondence import best_match, ground_truth_match
+from densecl.data.dataset import open_source
 from densecl.evaluate.correspondence import match_scores
 from densecl.evaluate.features import encode_images, load_network, untrained_like
 from densecl.evaluate.probes import PROBES, probe_options, run_probe
 from densecl.runtime.io import UsageError, lock_folder, run_command
 
-# the demo's network and pictures of 96 pixels, trained as the paper does it otherwise: no warm-up of lambda, fast views, one thread
-BASE = "--backbone resnet18-layer3 --image-size 96 --batch-size 32 --hidden 512 --queue-len 1024 --momentum 0.99 --lr 0.06 --lambda-warmup 0 --augment fast --workers 0 --threads 1"
-
-METHODS = {  # name -> what differs from DenseCL as published
+ROOT = Path(__file__).parent.parent
+# the demo's network on images of 96 pixels, otherwise with the paper's training: no warm-up of
+# lambda; fast augmentation, one thread
+BASE = (
+    "--backbone resnet18-layer3 --image-size 96 --batch-size 32 --hidden 512 --queue-len 1024 "
+    "--momentum 0.99 --lr 0.06 --lambda-warmup 0 --augment fast --workers 0 --threads 1"
+)
+# name, as stored in the rows -> options that differ from DenseCL as published; {40%} of the steps
+METHODS = {
     "untrained": None,
     "MoCo-v2": "--method mocov2",
     "DenseCL": "",
-    "true": "--match geometry",  # the upper line: pairs by the views' geometry
+    "true": "--match geometry",  # the upper bound: correspondences by the views' geometry
     "random": "--match random",
     "dense": "--match dense",
     "agreed": "--match verified",
-    "centred": "--match centered",  # less what a cell says of every picture
+    "centred": "--match centered",
     "mutual": "--match mutual",
-    "handover": "--geometry-warmup {40%}",  # true pairs for 40 % of the steps, then the paper's
+    "handover": "--geometry-warmup {40%}",
     "warm-up": "--lambda-warmup {40%}",
     "own": "--negatives intra-image",
     "position": "--negatives position",
@@ -66,224 +74,222 @@ GROUPS = {
     "ahead": ["handover", "agreed", "mutual", "centred"],
     "ablations": ["lambda 0.1", "lambda 0.3", "lambda 0.7", "lambda 0.9", "grid 1", "grid 3"],
 }
+# options in rows from before they were renamed -> today's options
+RENAMED_OPTIONS = {
+    "--match true": "--match geometry",
+    "--match agreed": "--match verified",
+    "--match centred": "--match centered",
+    "--negatives own": "--negatives intra-image",
+    "--match-warmup ": "--geometry-warmup ",
+}
+# fields of metrics.jsonl that are stored in a row
+CURVES = shlex.split("step loss_global loss_dense match_acc alike alike_backbone neg images_per_s")
+
+
+def git(*words):
+    """What a git command prints."""
+    command = ["git", *words]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return result.stdout.strip()
 
 
 def commit():
-    """The commit that the code stands at, with a + when files of the package differ from it."""
-    git = lambda *words: subprocess.run(
-        ["git", *words], cwd=Path(__file__).parent.parent, capture_output=True, text=True
-    ).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + "+" * bool(
-        git("status", "--porcelain", "--", "densecl")
-    )
+    """The current commit, with a + when files of the package differ from it."""
+    changed = git("status", "--porcelain", "--", "densecl")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def run_name(method, seed, args):
+    """Name of a run's folder."""
+    again = "-again" if args.again else ""
+    return f"{method.replace(' ', '-')}-{args.epochs}-{seed}{again}"
 
 
 def settings(method, seed, args):
-    """The options of a run, without paths: they and the commit make it again."""
-    own = METHODS[method].replace("{40%}", str(round(0.4 * args.steps)))
-    return f"{BASE} {own} --epochs {args.epochs} --seed {seed}".replace("  ", " ")
+    """The options of a run without paths; with the commit they determine the run."""
+    if METHODS[method] is None:
+        return ""
+    options = METHODS[method].replace("{40%}", str(round(0.4 * args.steps)))
+    return f"{BASE} {options} --epochs {args.epochs} --seed {seed}".replace("  ", " ")
 
 
-def place(encoder, batch):
-    "What of the matches is the place that padding tells (32_choices): a cell's average over one half of the views, asked of the other half."
-    f_q, f_k = (encode_images(encoder, batch[v])[0] for v in ("im_q", "im_k"))  # V x C x h x w
-    half, (h, w) = len(f_q) // 2, f_q.shape[2:]
-    mean, q, k, cells = f_q[:half].mean(0), f_q[half:], f_k[half:], torch.arange(h * w)
+def position_leakage(encoder, batch):
+    """How much of the matches is position information leaked by zero padding.
+
+    A cell's mean feature over one half of the views is compared with the features of the other
+    half, as in nbs/guides/ablations.ipynb.
+
+    Args:
+        encoder: the network
+        batch: pairs of views
+    """
+    f_q, f_k = (encode_images(encoder, batch[view])[0] for view in ("im_q", "im_k"))
+    h, w = f_q.shape[2:]
+    half, cells = len(f_q) // 2, torch.arange(h * w)
+    mean, q, k = f_q[:half].mean(0), f_q[half:], f_k[half:]
     truth = ground_truth_match(batch["affine_q"], batch["affine_k"], h, w)[half:]
-    near = torch.cdist(q.flatten(2).mT, mean.flatten(1).T[None]).argmin(
-        2
-    )  # the average that a vector is nearest to
-    share = lambda yes: float(yes.float().mean())
+    # the cell whose mean is nearest to each feature
+    nearest = torch.cdist(q.flatten(2).mT, mean.flatten(1).T[None]).argmin(2)
     return {
-        "known": share(near == cells),
-        "stays": share(best_match(q, k) == cells),
+        "known": float((nearest == cells).float().mean()),
+        "stays": float((best_match(q, k) == cells).float().mean()),
         "should": float((truth == cells).sum() / (truth >= 0).sum()),
         "whole": match_scores(best_match(q, k), truth, w),
         "without": match_scores(best_match(q - mean, k - mean), truth, w),
     }
 
 
-def figures(encoder, args):
-    """What the frozen features know: backbone (and dense head, for matches), and what guesses reach."""
-    encoder.grid = None  # all are asked on the native grid
-    batch = PROBES["match"].read(
-        o := probe_options("match", data_root=args.voc, image_size=96, limit=512)
-    )
-    match = PROBES["match"].ask(encoder, batch, o)
-    encoder.dense_head = None  # the rest is asked of the backbone alone
-    out = {
+def evaluate(encoder, voc):
+    """All probes of a row: of the backbone, of the dense head for matches, and of baselines.
+
+    Args:
+        encoder: the network; changed in place
+        voc: a VOC tree
+    """
+    encoder.grid = None  # every network is evaluated on its native grid
+    options = probe_options("match", data_root=voc, image_size=96, limit=512)
+    batch = PROBES["match"].open(options)
+    match = PROBES["match"].run(encoder, batch, options)
+    encoder.dense_head = None  # the other probes are of the backbone only
+    results = {
         "match": match,
-        "place": place(encoder, batch),
+        "place": position_leakage(encoder, batch),
         "stereo": run_probe(encoder, "stereo", "", 96),
-        "keypoints": run_probe(encoder, "keypoints", args.voc, 96),
+        "keypoints": run_probe(encoder, "keypoints", voc, 96),
     }
-    o = probe_options("segment", data_root=args.voc, trials=1)
-    return out | {
-        "segment": PROBES["segment"].ask(encoder, PROBES["segment"].read(o), o),
-        "rank": run_probe(encoder, "rank", args.voc, 96),
-    }
+    options = probe_options("segment", data_root=voc, trials=1)
+    segment = PROBES["segment"]
+    results["segment"] = segment.run(encoder, segment.open(options), options)
+    results["rank"] = run_probe(encoder, "rank", voc, 96)
+    return results
 
 
-def curve(folder):
-    """How the run came there: (rows of the losses and of how alike positions are, probes of the matches by backbone features)."""
+def read_curves(folder):
+    """Rows of the losses, and results of the match probe by backbone features, over the steps."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    keep = (
-        "step",
-        "loss_global",
-        "loss_dense",
-        "match_acc",
-        "alike",
-        "alike_backbone",
-        "neg",
-        "images_per_s",
+    losses = [rounded({key: row[key] for key in CURVES}) for row in rows if "loss" in row]
+    matches = [row for row in rows if row.get("probe") == "match"]
+    return losses, [{"step": row["step"]} | row["backbone"] for row in matches]
+
+
+def rounded(value):
+    """A number, or the numbers in nested dicts, with four decimals."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def train(method, seed, args):
+    """Train a run in a process of its own, or continue it.
+
+    Args:
+        method: name in `METHODS`
+        seed: of the run
+        args: options of the command
+
+    Returns:
+        its query encoder, and the fields of its row
+    """
+    start, folder = time.perf_counter(), Path(args.out) / run_name(method, seed, args)
+    options, every = settings(method, seed, args), args.steps // 5
+    command = f"-m densecl.train demo {options} --data-root {args.images} --out {folder}"
+    probes = (
+        f"--probe match --probe-root {args.voc} --probe-every {every} "
+        f"--log-every {args.steps // 20} --save-every {every} --keep-checkpoints 2"
     )
-    short = lambda r: {k: round(r[k], 4) if isinstance(r[k], float) else r[k] for k in keep}
-    return [short(r) for r in rows if "loss" in r], [
-        dict(step=r["step"], **r["backbone"]) for r in rows if r.get("probe") == "match"
-    ]
-
-
-def rounded(x):
-    """The same with four digits behind the point."""
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    return round(x, 4) if isinstance(x, float) else x
-
-
-def one(method, seed, args):
-    """Train, ask, append the row."""
-    folder, start = (
-        Path(args.out) / f"{method.replace(' ', '-')}-{args.epochs}-{seed}{'-again' * args.again}",
-        time.perf_counter(),
-    )
-    row = {
-        "method": method,
-        "seed": seed,
-        "epochs": args.epochs,
-        "commit": commit(),
-        "torch": torch.__version__,
+    print(f"{method}, seed {seed}: python {command} {probes}", flush=True)
+    with open(f"{folder}.log", "a") as log:
+        words = [sys.executable, *shlex.split(f"{command} {probes}")]
+        subprocess.run(words, check=True, stderr=log)
+    _, encoder = load_network(str(folder / "last.pt"))
+    losses, matches = read_curves(folder)
+    return encoder, {
+        "settings": options,
+        "command": f"python -m densecl.train demo {options} --data-root IMAGES",
+        "losses": losses,
+        "probes": matches,
+        "seconds": round(time.perf_counter() - start),
     }
+
+
+def run_method(method, seed, args):
+    """Train a method with a seed, evaluate it, and append its row.
+
+    Args:
+        method: name in `METHODS`
+        seed: of the run
+        args: options of the command
+    """
+    row = {"method": method, "seed": seed, "epochs": args.epochs}
+    row |= {"commit": commit(), "torch": torch.__version__}
     if METHODS[method] is None:
-        encoder = untrained_like(
-            Config(
-                backbone="resnet18-layer3",
-                hidden=512,
-                dim=128,
-                grid=0,
-                method="densecl",
-                seed=seed,
-            )
-        )
-        row |= {"settings": "", "command": "densecl.features.fresh, this seed", "epochs": 0}
+        config = Config(backbone="resnet18-layer3", hidden=512, seed=seed)
+        encoder = untrained_like(config)
+        row |= {"settings": "", "command": "untrained_like, this seed", "epochs": 0}
     else:
-        command = f"-m densecl.train demo {settings(method, seed, args)} --data-root {args.pictures} --out {folder}"
-        probes = f"--probe match --probe-root {args.voc} --probe-every {args.steps // 5} --log-every {args.steps // 20} --save-every {args.steps // 5} --keep 2"
-        print(f"{method}, seed {seed}: python {command} {probes}", flush=True)
-        with open(f"{folder}.log", "a") as log:
-            subprocess.run(
-                [sys.executable, *shlex.split(f"{command} {probes}")], check=True, stderr=log
-            )
-        encoder = load_network(str(folder / "last.pt"))[1]
-        row |= {
-            "settings": settings(method, seed, args),
-            "command": f"python -m densecl.train demo {settings(method, seed, args)} --data-root PICTURES",
-        }
-        row["losses"], row["probes"] = curve(folder)
-        row["seconds"] = round(time.perf_counter() - start)
+        encoder, fields = train(method, seed, args)
+        row |= fields
     if args.again:
         row["again"] = True
-    row["figures"] = rounded(figures(encoder, args))
+    row["figures"] = results = rounded(evaluate(encoder, args.voc))
     with open(args.results, "a") as f:
         f.write(json.dumps(row) + "\n")
-    f = row["figures"]
-    print(
-        f"{method}, seed {seed}: matches {f['match']['backbone']}, mIoU {f['segment']['backbone']}, keypoints {f['keypoints']['backbone']}",
-        flush=True,
-    )
-
-
-# options that rows from before they were renamed contain, and their names of today
-RENAMED = {
-    "--match true": "--match geometry",
-    "--match agreed": "--match verified",
-    "--match centred": "--match centered",
-    "--negatives own": "--negatives intra-image",
-    "--keep ": "--keep-checkpoints ",
-    "--match-warmup ": "--geometry-warmup ",
-}
-
-
-def renamed(text):
-    """The settings of a row under today's names."""
-    for old, new in RENAMED.items():
-        text = text.replace(old, new)
-    return text
+    shown = {name: results[name]["backbone"] for name in ("match", "segment", "keypoints")}
+    print(f"{method}, seed {seed}: {shown}", flush=True)
 
 
 def has_row(method, seed, args):
-    """Whether the results file holds this run, whatever the commit."""
+    """Whether the results contain this run, of any commit."""
     path = Path(args.results)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    wanted = "" if METHODS[method] is None else settings(method, seed, args)
-    return any(
-        r["method"] == method
-        and r["seed"] == seed
-        and renamed(r["settings"]) == wanted
-        and r.get("again", False) == args.again
-        for r in rows
-    )
+    wanted = settings(method, seed, args)
+    for line in path.read_text().splitlines() if path.exists() else []:
+        row = json.loads(line)
+        stored = row["settings"]
+        for old, new in RENAMED_OPTIONS.items():
+            stored = stored.replace(old, new)
+        same = (row["method"], row["seed"], row.get("again", False)) == (method, seed, args.again)
+        if same and stored == wanted:
+            return True
+    return False
+
+
+def build_parser():
+    """The options of the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = ", ".join([*GROUPS, *METHODS])
+    add = parser.add_argument
+    add("study", nargs="+", metavar="STUDY", help=f"methods or groups of them: {names}")
+    add("--images", required=True, help="images to pre-train on, as for --data-root")
+    voc = "VOC tree for the probes; its val images should not be among --images"
+    add("--voc", required=True, help=voc)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--epochs", type=int, default=20)
+    add("--again", action="store_true", help="repeat runs that have a row, in a second row")
+    add("--out", default="runs/reproduce", help="where the run folders are")
+    add("--results", default=str(Path(__file__).with_name("results.jsonl")))
+    return parser
 
 
 def main(argv):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument(
-        "study",
-        nargs="+",
-        metavar="STUDY",
-        help=f"methods or groups of them: {', '.join([*GROUPS, *METHODS])}",
-    )
-    p.add_argument(
-        "--pictures", required=True, help="what to pre-train on: anything that --data-root takes"
-    )
-    p.add_argument(
-        "--voc",
-        required=True,
-        help="a VOC tree for the probes; its val pictures should not be among --pictures",
-    )
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--epochs", type=int, default=20)
-    p.add_argument(
-        "--again",
-        action="store_true",
-        help="run what has its row once more, into a second row that says so",
-    )
-    p.add_argument("--out", default="runs/reproduce", help="where the runs' folders lie")
-    p.add_argument("--results", default=str(Path(__file__).with_name("results.jsonl")))
-    args = p.parse_args(argv)
+    args = build_parser().parse_args(argv)
     torch.set_num_threads(1)
-    wanted = [m for name in args.study for m in GROUPS.get(name, [name])]
-    strange = [m for m in wanted if m not in METHODS]
-    if strange:
-        raise UsageError(f"no study {strange[0]!r}; there are {', '.join([*GROUPS, *METHODS])}")
-    from densecl.data.dataset import open_source
-
-    args.steps = len(open_source(args.pictures)) // 32 * args.epochs
+    methods = [method for name in args.study for method in GROUPS.get(name, [name])]
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise UsageError(f"no study {unknown[0]!r}; there are {', '.join([*GROUPS, *METHODS])}")
+    args.steps = len(open_source(args.images)) // 32 * args.epochs
     for seed in args.seeds:
-        for method in wanted:
-            turn = (
-                Path(args.out)
-                / "turns"
-                / f"{method.replace(' ', '-')}-{args.epochs}-{seed}{'-again' * args.again}"
-            )
-            turn.mkdir(parents=True, exist_ok=True)
+        for method in methods:
+            lock = Path(args.out) / "turns" / run_name(method, seed, args)
+            lock.mkdir(parents=True, exist_ok=True)
             try:
-                with lock_folder(turn):
+                with lock_folder(lock):
                     if not has_row(method, seed, args):
-                        one(method, seed, args)
+                        run_method(method, seed, args)
             except UsageError as e:
                 if "another run" not in str(e):
                     raise
-                print(f"{method}, seed {seed}: another process is at it", flush=True)
+                print(f"{method}, seed {seed}: another process works on it", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from .runtime.io import Parser, UsageError, atomic_write, run_command
-from .visualize.matches import hover_matches, load_image, show_matches
+from .visualize.matches import hover_map, load_image, show_matches
+from .weights import load_feature_encoder
 
 # %% auto #0
 __all__ = ['OUTPUT_SUFFIXES', 'parser', 'main']
@@ -70,13 +71,11 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     _check_args(args)
     images = [load_image(path, args.size) for path in args.images]
-    from densecl.weights import load_feature_encoder
-
     encoder = load_feature_encoder(args.weights)
     out = Path(args.out)
     if out.suffix.lower() == ".html":
         title = " and ".join(Path(path).name for path in args.images)
-        page = hover_matches(encoder, *images, args.features).page(title)
+        page = hover_map(encoder, *images, args.features).page(title)
         with atomic_write(out, "w") as file:
             file.write(page)
     else:

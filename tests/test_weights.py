@@ -12,7 +12,8 @@ import torch
 import torchvision
 from torch import nn
 
-from densecl.encoder import BACKBONES, Encoder, build_backbone
+from densecl.config import BACKBONES
+from densecl.encoder import Encoder, build_backbone
 from densecl.model import DenseCL, MoCo
 from densecl.runtime.io import UsageError, run_command
 from densecl.weights import (
@@ -34,50 +35,45 @@ SUFFIX = {name: suffixes[0] for name, suffixes in formats.EXPORT_FORMATS.items()
 
 def randomize(net, seed=0):
     """Change every tensor, counters and running statistics included: a wrong name shows."""
-    g = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for t in net.state_dict().values():
-            if not t.is_floating_point():
-                t.fill_(int(torch.randint(1, 1000, (), generator=g)))
-            elif t.dim() > 1:
-                t.add_(torch.randn(t.shape, generator=g) * t.std() / 4)
+        for value in net.state_dict().values():
+            if not value.is_floating_point():
+                value.fill_(int(torch.randint(1, 1000, (), generator=generator)))
+            elif value.dim() > 1:
+                value.add_(torch.randn(value.shape, generator=generator) * value.std() / 4)
             else:
-                t.add_(torch.rand(t.shape, generator=g) / 4)
+                value.add_(torch.rand(value.shape, generator=generator) / 4)
     return net
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a
+        torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a
     )
 
 
 def constant_state_dict(shapes):
     """A state dict with these shapes, one repeated number per tensor, whose file is small."""
-    ints = ("tracked", "ptr")
-    return {
-        k: torch.tensor(
-            i % 97 + 1, dtype=torch.int64 if k.endswith(ints) else torch.float32
-        ).expand(shape)
-        for i, (k, shape) in enumerate(shapes.items())
-    }
+    state = {}
+    for i, (key, shape) in enumerate(shapes.items()):
+        dtype = torch.int64 if key.endswith(("tracked", "ptr")) else torch.float32
+        state[key] = torch.tensor(i % 97 + 1, dtype=dtype).expand(shape)
+    return state
 
 
 def shapes_of(name):
     """The shapes of a network of torchvision by key, without memory for its tensors."""
     with torch.device("meta"):
-        return {
-            k: tuple(v.shape) for k, v in getattr(torchvision.models, name)().state_dict().items()
-        }
+        state = getattr(torchvision.models, name)().state_dict()
+    return {key: tuple(value.shape) for key, value in state.items()}
 
 
 def save_run(name, folder, method=DenseCL, complete=True):
     """Write a run's last.pt and return its model; `complete=False`: query encoder only."""
     torch.manual_seed(0)
-    model = method(
-        Encoder(*build_backbone(name), hidden=16, dim=8, dense=method is DenseCL), queue_len=32
-    )
-    randomize(model)
+    encoder = Encoder(*build_backbone(name), hidden=16, dim=8, dense=method is DenseCL)
+    model = randomize(method(encoder, queue_len=32))
     config = {
         "backbone": name,
         "hidden": 16,
@@ -85,7 +81,11 @@ def save_run(name, folder, method=DenseCL, complete=True):
         "grid": 0,
         "method": "densecl" if method is DenseCL else "mocov2",
     }
-    state = {k: v for k, v in model.state_dict().items() if complete or k.startswith("encoder_q.")}
+    state = {
+        key: value
+        for key, value in model.state_dict().items()
+        if complete or key.startswith("encoder_q.")
+    }
     torch.save({"step": 1, "config": config, "model": state, "optimizer": {}}, folder / "last.pt")
     return model
 
@@ -116,12 +116,12 @@ def features(net, x):
 @pytest.mark.parametrize("export_format", formats.EXPORT_FORMATS)
 def test_a_run_is_exported_to_every_format_and_read_back(export_format, resnet50_run, tmp_path):
     folder, model = resnet50_run
-    extract_backbone(
-        folder / "last.pt", out := tmp_path / f"out{SUFFIX[export_format]}", export_format
-    )
+    out = tmp_path / f"out{SUFFIX[export_format]}"
+    extract_backbone(folder / "last.pt", out, export_format)
     state, name = backbone_state_dict(out)
     assert name == "resnet50" and same(state, model.encoder_q.backbone.state_dict())
-    again, back = tmp_path / f"again{SUFFIX[export_format]}", tmp_path / "back.pth"
+    again = tmp_path / f"again{SUFFIX[export_format]}"
+    back = tmp_path / "back.pth"
     extract_backbone(out, back)
     extract_backbone(back, again, export_format)
     if export_format == "detectron2":
@@ -142,7 +142,8 @@ def test_the_key_encoder_is_exported_on_request(resnet50_run, tmp_path):
 def test_torchvision_loads_the_exported_file_strictly_with_equal_features(name, tmp_path):
     model = save_run(name, tmp_path, complete=False)
     extract_backbone(tmp_path / "last.pt", tmp_path / "out.pth")
-    x, encoder = torch.randn(2, 3, 96, 64), model.encoder_q.eval()
+    x = torch.randn(2, 3, 96, 64)
+    encoder = model.encoder_q.eval()
     state = torch.load(tmp_path / "out.pth", weights_only=True)
     missing, unexpected = getattr(torchvision.models, name)().load_state_dict(state, strict=False)
     assert (sorted(missing), unexpected) == (["fc.bias", "fc.weight"], [])
@@ -158,9 +159,8 @@ def test_torchvision_loads_the_exported_file_strictly_with_equal_features(name, 
 def test_the_detectron2_file_equals_that_of_the_authors_converter(resnet50_run, tmp_path):
     folder, model = resnet50_run
     extract_backbone(folder / "last.pt", tmp_path / "out.pkl")
-    content = pickle.loads(
-        (tmp_path / "out.pkl").read_bytes(), encoding="latin1"
-    )  # as detectron2 reads it
+    # as detectron2 reads it
+    content = pickle.loads((tmp_path / "out.pkl").read_bytes(), encoding="latin1")
     recorded = RECORDED["densecl_r50_detectron2"]
     assert content.keys() == recorded["top_level"].keys() and content["matching_heuristics"] is True
     assert {k: list(v.shape) for k, v in content["model"].items()} == recorded["tensors"]
@@ -172,10 +172,8 @@ def test_the_detectron2_file_equals_that_of_the_authors_converter(resnet50_run, 
 
 def test_the_openmmlab_file_has_the_structure_of_the_released_files(resnet50_run, tmp_path):
     extract_backbone(resnet50_run[0] / "last.pt", tmp_path / "out.pth", "openmmlab")
-    content, recorded = (
-        torch.load(tmp_path / "out.pth", weights_only=True),
-        RECORDED["densecl_r50_extracted"],
-    )
+    content = torch.load(tmp_path / "out.pth", weights_only=True)
+    recorded = RECORDED["densecl_r50_extracted"]
     assert content.keys() == recorded["top_level"].keys()
     assert {k: list(v.shape) for k, v in content["state_dict"].items()} == recorded["tensors"]
 
@@ -192,11 +190,8 @@ def test_the_recorded_files_of_the_authors_are_read(recorded, name, tmp_path):
     state = constant_state_dict(RECORDED[recorded]["tensors"])
     if "detectron2" in recorded:
         arrays = {k: v.numpy() for k, v in state.items()}
-        (tmp_path / "file").write_bytes(
-            pickle.dumps(
-                {"model": arrays, "__author__": "OpenSelfSup", "matching_heuristics": True}
-            )
-        )
+        content = {"model": arrays, "__author__": "OpenSelfSup", "matching_heuristics": True}
+        (tmp_path / "file").write_bytes(pickle.dumps(content))
         state = {state_dict_keys.from_detectron2_key(k): v for k, v in state.items()}
     else:
         torch.save({"state_dict": state, "author": "DenseCL"}, tmp_path / "file")
@@ -211,7 +206,8 @@ def test_timm_loads_the_exported_file_strictly_with_equal_features(suffix, resne
     out = tmp_path / f"out{suffix}"
     lines = extract_backbone(folder / "last.pt", out, "timm")
     net = eval(lines[1], {"timm": timm}).eval()  # the line that the command prints
-    x, encoder = torch.randn(2, 3, 64, 64), model.encoder_q.eval()
+    x = torch.randn(2, 3, 64, 64)
+    encoder = model.encoder_q.eval()
     with torch.no_grad():
         torch.testing.assert_close(
             net.forward_features(x), encoder(x).features, atol=1e-5, rtol=1e-5
@@ -334,7 +330,8 @@ def test_a_truncated_backbone_is_loaded_into_a_complete_network_only_on_request(
         load_backbone(tmp_path / "out.pth")
     net = load_backbone(tmp_path / "out.pth", partial=True).eval()
     assert "layer4 of the resnet18 is randomly initialized" in capsys.readouterr().err
-    x, encoder = torch.randn(1, 3, 64, 64), model.encoder_q.eval()
+    x = torch.randn(1, 3, 64, 64)
+    encoder = model.encoder_q.eval()
     with torch.no_grad():
         assert torch.equal(nn.Sequential(*list(net.children())[:7])(x), encoder(x).features)
 
@@ -451,7 +448,9 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_files_end_in_one_clear_line(what, tmp_path, capsys):
     make, why = BAD[what]
-    path, marker, out = tmp_path / "weights.pth", tmp_path / "caught", tmp_path / "out.pth"
+    path = tmp_path / "weights.pth"
+    marker = tmp_path / "caught"
+    out = tmp_path / "out.pth"
     make(path, str(marker))
     with pytest.raises(SystemExit) as end:
         run_command(main, ["extract", str(path), str(out)])

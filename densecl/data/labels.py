@@ -214,39 +214,41 @@ def find_voc_root(root: Path | str) -> Path | None:
     return None
 
 # %% ../../nbs/data/06_labels.ipynb #c025
-def voc_split_lists(base: Path, split: str) -> list[str]:
+def voc_split_lists(base: Path, split: str, folder: str = "Segmentation") -> list[str]:
     """Names of the list files that make up a split; raises `UsageError` for an unknown split.
 
     Args:
         base: from `find_voc_root`
         split: train, val, trainval, train_aug, or the name of any other list
+        folder: of the lists below ImageSets: Segmentation, or Main, which covers all images
     """
-    known = sorted(path.stem for path in (base / "ImageSets/Segmentation").glob("*.txt"))
+    known = sorted(path.stem for path in (base / "ImageSets" / folder).glob("*.txt"))
     parts = [split]
     if split == "train_aug" and split not in known:
         parts = ["trainaug"] if "trainaug" in known else ["train", "aug"]
     if not set(parts) <= set(known):
         raise UsageError(
-            f"--data-root {one_line(base)}: no list {split}.txt in ImageSets/Segmentation; "
+            f"--data-root {one_line(base)}: no list {split}.txt in ImageSets/{folder}; "
             f"there are {', '.join(known) or 'none'}{did_you_mean(split, known)}"
         )
     return parts
 
 
-def read_voc_list(base: Path, split: str) -> list[str]:
+def read_voc_list(base: Path, split: str, folder: str = "Segmentation") -> list[str]:
     """Names of the images of a split, without folder and suffix; raises `UsageError`.
 
     Args:
         base: from `find_voc_root`
         split: train, val, trainval, train_aug, or the name of any other list
+        folder: of the lists below ImageSets: Segmentation, or Main, which covers all images
     """
-    parts = voc_split_lists(base, split)
+    parts = voc_split_lists(base, split, folder)
     names = []
     for part in parts:
-        lines = (base / f"ImageSets/Segmentation/{part}.txt").read_text().splitlines()
+        lines = (base / f"ImageSets/{folder}/{part}.txt").read_text().splitlines()
         names += [Path(line.split()[0]).stem for line in lines if line.strip()]
     if not names:
-        path = f"ImageSets/Segmentation/{parts[0]}.txt"
+        path = f"ImageSets/{folder}/{parts[0]}.txt"
         raise UsageError(f"--data-root {one_line(base)}: the list {path} is empty")
     return names
 

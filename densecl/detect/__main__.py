@@ -27,14 +27,21 @@ from densecl.detect.finetune import (
     TrainDataset,
     collate_lists,
     correct_detections,
-    move_to,
     parameter_groups,
     predict_all,
     scale_schedule,
     score_detections,
-    warmup_step_lr,
+    to_device,
+    warmup_multistep_lr,
 )
-from .rcnn import faster_rcnn_c4, freeze_backbone, mask_rcnn_fpn, precise_bn
+from densecl.detect.rcnn import (
+    C4_PROPOSALS,
+    FPN_PROPOSALS,
+    faster_rcnn_c4,
+    freeze_backbone,
+    mask_rcnn_fpn,
+    precise_bn,
+)
 from ..runtime.io import UsageError, option_name, run_command
 from ..transfer.command import TransferTask, run_transfer, schedule_hint
 from densecl.transfer.initialization import (
@@ -52,16 +59,16 @@ class DetectConfig(TransferConfig):
     """All choices of a detection transfer."""
 
     preset: str = ""
-    """voc: train on 07+12, test on 07; coco; empty: the tree's own lists train and val"""
+    """voc: train on 07+12, test on 07; coco; empty: the dataset's own lists train and val"""
     max_steps: int = 24_000
     """steps of a training; the schedule is scaled to them, unlike in pre-training"""
     lr: float = 0.02
     """learning rate after the warm-up, for 16 images per step"""
     weight_decay: float = 1e-4
     """on everything but batch norm"""
-    detector: Literal["", "c4", "fpn"] = ""
-    """c4: Faster R-CNN C4; fpn: Mask R-CNN FPN (Faster R-CNN where there are no masks); empty: c4,
-    on a COCO tree fpn"""
+    detector: Literal["auto", "c4", "fpn"] = "auto"
+    """c4: Faster R-CNN C4; fpn: Mask R-CNN FPN (Faster R-CNN where there are no masks); auto: c4,
+    on COCO fpn"""
     short_side: int = 800
     """of test images in pixels; training sizes and the anchors of c4 are scaled alike"""
     roi_batch_size: int = 512
@@ -100,13 +107,13 @@ def open_splits(config: DetectConfig) -> tuple[DetectionDataset, DetectionDatase
     """
     train = open_detection(config.data_root, "train", config.preset)
     test = open_detection(config.data_root, "val", config.preset)
-    if config.preset == "coco" and not (train.masks and test.masks):
+    if config.preset == "coco" and not (train.has_masks and test.has_masks):
         raise UsageError(
             f"--data-root {config.data_root}: not every object has an outline, which Mask R-CNN "
             "learns from; without --preset, --detector fpn trains on the boxes alone"
         )
-    scored = test.rows[: config.eval_images or None]
-    if not any((~(row.difficult | row.crowd)).any() for row in scored):
+    scored = test.annotations[: config.eval_images or None]
+    if all(labels.ignored.all() for labels in scored):
         raise UsageError(
             f"--data-root {config.data_root}: no object that counts in the {len(scored)} images "
             "of val"
@@ -115,8 +122,10 @@ def open_splits(config: DetectConfig) -> tuple[DetectionDataset, DetectionDatase
 
 
 def choose_detector(config: DetectConfig, train: DetectionDataset) -> DetectConfig:
-    """The config with its detector: c4 on a VOC tree and fpn on a COCO tree unless given."""
-    return replace(config, detector=config.detector or ("c4" if train.kind == "voc" else "fpn"))
+    """The config with its detector: unless given, c4 on VOC and fpn on COCO."""
+    if config.detector != "auto":
+        return config
+    return replace(config, detector="c4" if train.kind == "voc" else "fpn")
 
 # %% ../../nbs/detect/04_main.ipynb #c013
 def build_detector(
@@ -133,13 +142,18 @@ def build_detector(
     resnet = build_resnet(weights, seed)
     num_classes, roi_batch_size = len(dataset.classes), config.roi_batch_size
     if config.detector == "c4":
-        keep = (12000, 2000, 6000, config.proposals)
-        anchor_scale = config.short_side / 800
-        size = config.roi_size
-        return faster_rcnn_c4(resnet, num_classes, roi_batch_size, size, keep, anchor_scale), False
-    keep = (2000, 1000, 1000, config.proposals)
-    model = mask_rcnn_fpn(resnet, num_classes, roi_batch_size, keep, dataset.masks)
-    return model, dataset.masks
+        model = faster_rcnn_c4(
+            resnet,
+            num_classes,
+            roi_batch_size,
+            config.roi_size,
+            C4_PROPOSALS._replace(post_nms_test=config.proposals),
+            anchor_scale=config.short_side / 800,
+        )
+        return model, False
+    counts = FPN_PROPOSALS._replace(post_nms_test=config.proposals)
+    masks = dataset.has_masks
+    return mask_rcnn_fpn(resnet, num_classes, roi_batch_size, counts, masks), masks
 
 # %% ../../nbs/detect/04_main.ipynb #c016
 def train_and_score(
@@ -162,16 +176,17 @@ def train_and_score(
     schedule = scale_schedule(SCHEDULES[config.detector], config.max_steps, config.short_side)
     model, masks = build_detector(config, weights, trial.seed, train)
     model = convert_sync_bn(model, device).to(device)
-    data = TrainDataset(train, schedule.sides, schedule.longest, trial.seed, masks)
+    longest = schedule.max_long_side
+    data = TrainDataset(train, schedule.short_sides, longest, trial.seed, masks)
     _train(trial, model, data, schedule, device)
     if config.precise_bn_iters:
         batches = trial_loader(trial, data, 0, config.precise_bn_iters, collate_lists)
-        precise_bn(model, (move_to(device, *batch) for batch in iter_batches(batches)))
-    count = config.eval_images or len(test)
-    found = predict_all(model, test, count, config.short_side, schedule.longest, config.workers)
+        precise_bn(model, (to_device(*batch, device) for batch in iter_batches(batches)))
+    num_images = config.eval_images or len(test)
+    found = predict_all(model, test, num_images, config.short_side, longest, config.workers)
     if trial.is_main:
         plot_detections(test, found).savefig(trial.folder / "detections.png")
-    return score_detections(test, found, masks and test.masks)
+    return score_detections(test, found, masks and test.has_masks)
 
 
 def _train(
@@ -183,13 +198,13 @@ def _train(
     optimizer = torch.optim.SGD(parameters, config.lr, momentum=config.sgd_momentum)
 
     def learning_rate(step: int) -> float:
-        return warmup_step_lr(schedule, config.lr, step)
+        return warmup_multistep_lr(schedule, config.lr, step)
 
     def build_loader(first: int, last: int) -> DataLoader:
         return trial_loader(trial, data, first, last, collate_lists)
 
     def compute_losses(forward: nn.Module, batch: tuple) -> dict[str, Tensor]:
-        return forward(*move_to(device, *batch))
+        return forward(*to_device(*batch, device))
 
     train_trial(
         trial, model, optimizer, learning_rate, build_loader, compute_losses, device, frozen
@@ -214,16 +229,16 @@ def plot_detections(
     chosen = [sorted(found)[i] for i in spaced]
     fig, axes = panels(2 * len(chosen), cols=4, size=2.4, aspect=1.2)
     for index, left, right in zip(chosen, axes[::2], axes[1::2]):
-        image, row = dataset.load(index)
+        image, labels = dataset.load(index)
         for ax in (left, right):
             ax.imshow(image)
-        colors = ["0.7" if ignored else "#1f77b4" for ignored in row.difficult | row.crowd]
-        names = [dataset.classes[label - 1] for label in row.labels]
-        draw_labeled_boxes(left, row.boxes, colors, names)
+        colors = ["0.7" if ignored else "#1f77b4" for ignored in labels.ignored]
+        names = [dataset.classes[label - 1] for label in labels.labels]
+        draw_labeled_boxes(left, labels.boxes, colors, names)
         detections = found[index]
         count = max(3, int((detections.scores >= min_score).sum()))
         best = detections.scores.argsort()[::-1][:count]
-        correct = correct_detections(row, detections)[best]
+        correct = correct_detections(labels, detections)[best]
         colors = [CORRECT_COLOR if c else INCORRECT_COLOR for c in correct]
         names = [dataset.classes[label - 1] for label in detections.labels[best]]
         texts = [f"{name} {s:.2f}" for name, s in zip(names, detections.scores[best])]
@@ -245,7 +260,7 @@ def draw_labeled_boxes(
     draw_boxes(ax, [(x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes], colors)
     for (x1, y1, _, _), color, text in zip(boxes, colors, texts):
         background = {"facecolor": color, "edgecolor": "none", "pad": 1}
-        style = {"fontsize": 7, "color": "white", "va": "top", "clip_on": True}
+        style = {"fontsize": 8, "color": "white", "va": "top", "clip_on": True}
         ax.text(x1, y1, text, bbox=background, **style)
 
 # %% ../../nbs/detect/04_main.ipynb #c023
@@ -265,7 +280,7 @@ def table_columns(
     if train.kind == "voc":
         columns |= {f"VOC {names[k]}": (k if is_voc else None, f"voc_{k}") for k in names}
     columns |= {f"COCO {names[k]}": (None, k) for k in names}
-    if config.detector == "fpn" and train.masks and test.masks:
+    if config.detector == "fpn" and train.has_masks and test.has_masks:
         columns |= {f"mask {names[k]}": (None, f"mask_{k}") for k in names}
     return columns
 
@@ -279,7 +294,7 @@ def hints(config: DetectConfig, train: DetectionDataset) -> list[str]:
         lines.append(
             f"--lr 0.02 is for 16 images per step; for {config.batch_size} it would be {lr:g}"
         )
-    if config.detector == "fpn" and not train.masks:
+    if config.detector == "fpn" and not train.has_masks:
         lines.append("not every object has an outline: Faster R-CNN, on the boxes alone")
     return lines
 
@@ -290,7 +305,7 @@ TASK = TransferTask(
     "several trials, beside the paper's results.",
     default=DetectConfig(out="runs/detect"),
     presets=PRESETS,
-    paper=DetectConfig(**PRESETS["voc"]),
+    paper=DetectConfig(**PRESETS["voc"], preset="voc"),
     paper_num_images=(16_551, 4_952),
     metric="ap",
     validate=validate_detect,

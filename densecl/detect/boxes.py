@@ -10,7 +10,6 @@ __all__ = ['VOC_0712_SPLITS', 'ImageBoxes', 'make_image_boxes', 'DetectionDatase
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -19,21 +18,36 @@ import numpy as np
 from PIL import Image
 
 from ..data.decode import one_line
-from ..data.labels import VOC_CLASSES, decode_mask, encode_mask, require_files
+from ..data.labels import VOC_CLASSES, require_files
+from ..data.sources import FileSource, ImageSource
 from ..runtime.io import UsageError, did_you_mean
 
 # %% ../../nbs/detect/00_boxes.ipynb #c009
 class ImageBoxes(NamedTuple):
-    """The labels of one image; boxes are x1, y1, x2, y2 in pixels from the image's corner,
-    edges as on a ruler."""
+    """The labels of one image with N objects.
 
-    name: str  # of the image, without folder and suffix
-    size: tuple  # (width, height) as the labels say it, or None
-    boxes: np.ndarray  # N x 4 float32
-    labels: np.ndarray  # N int64: 1 .. number of classes; 0 is the background
-    difficult: np.ndarray  # N bool, VOC
-    crowd: np.ndarray  # N bool, COCO
-    outlines: tuple = ()  # N of COCO's polygons or run lengths, also as JSON text; () without masks
+    Attributes:
+        name: name of the image, without folder and suffix
+        size: (width, height) according to the labels, or None
+        boxes: N x 4 float32: x1, y1, x2, y2 in pixels, edges as in torchvision
+        labels: N int64: 1 to the number of classes; 0 is the background
+        difficult: N bool, of VOC
+        crowd: N bool, of COCO
+        outlines: N of COCO's polygons or run lengths, or their JSON text; () without masks
+    """
+
+    name: str
+    size: tuple[int, int] | None
+    boxes: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+    crowd: np.ndarray
+    outlines: tuple = ()
+
+    @property
+    def ignored(self) -> np.ndarray:
+        """N bool: objects that do not count in a score, difficult ones and crowds."""
+        return self.difficult | self.crowd
 
 
 def make_image_boxes(
@@ -42,8 +56,9 @@ def make_image_boxes(
     """Build the labels of one image; if an outline is missing, the image has no masks.
 
     Args:
-        name, size: see `ImageBoxes`
-        objects: a list of (box, label, difficult, crowd, outline or None)
+        name: name of the image
+        size: (width, height) in pixels, or None
+        objects: (box, label, difficult, crowd, outline or None) of each object
     """
     boxes, labels, difficult, crowd, outlines = zip(*objects) if objects else ((),) * 5
     return ImageBoxes(
@@ -58,298 +73,310 @@ def make_image_boxes(
 
 # %% ../../nbs/detect/00_boxes.ipynb #c011
 class DetectionDataset:
-    """Images with boxes: `len(b)`, `b.rows[i]`, `b.load(i)` -> (RGB image of Pillow,
-    `ImageBoxes`).
+    """Images with boxes.
 
     Args:
-        images: `Source`
-        rows: a `ImageBoxes` each
+        images: source of the images
+        annotations: labels of each image
         classes: names of the classes 1, 2, ...
-        kind: "voc" or "coco": how its detections are scored
+        kind: "voc" or "coco": how detections are scored
     """
 
     def __init__(
-        self, images: Any, rows: Sequence[ImageBoxes], classes: Sequence[str], kind: str
+        self,
+        images: ImageSource | Any,
+        annotations: Sequence[ImageBoxes],
+        classes: Sequence[str],
+        kind: str,
     ) -> None:
-        self.images, self.rows, self.classes, self.kind = images, rows, list(classes), kind
+        self.images = images
+        self.annotations = annotations
+        self.classes = list(classes)
+        self.kind = kind
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.annotations)
 
     @property
-    def masks(self) -> bool:
-        """Whether the objects of all images have outlines."""
-        return self.kind == "coco" and all(len(r.outlines) == len(r.boxes) for r in self.rows)
+    def has_masks(self) -> bool:
+        """Whether all objects of all images have outlines."""
+        return self.kind == "coco" and all(
+            len(labels.outlines) == len(labels.boxes) for labels in self.annotations
+        )
 
     def load(self, i: int) -> tuple[Image.Image, ImageBoxes]:
-        """(image, labels) of image i; raises `UsageError` when their sizes differ.
+        """Image i and its labels; raises `UsageError` when their sizes differ.
 
         Args:
-            i: the image's number
+            i: index of the image; raises `CorruptImageError` when it cannot be decoded
         """
-        image, row = self.images.load(i), self.rows[i]
-        if row.size and image.size != row.size:
+        image, labels = self.images.load(i), self.annotations[i]
+        if labels.size and image.size != labels.size:
+            width, height = labels.size
             raise UsageError(
-                "{}: its labels are for an image of {} x {}, this one has {} x {}".format(
-                    one_line(self.images.name(i)), *row.size, *image.size
-                )
+                f"{one_line(self.images.name(i))}: its labels are for an image of "
+                f"{width} x {height}, this one has {image.size[0]} x {image.size[1]}"
             )
-        return image, row
+        return image, labels
 
 # %% ../../nbs/detect/00_boxes.ipynb #c015
+def _read_xml(path: Path) -> ElementTree.Element:
+    """The root of an XML file; raises `UsageError`."""
+    try:
+        return ElementTree.fromstring(path.read_bytes())
+    except OSError:
+        raise UsageError(f"{one_line(path)}: the labels of the image are missing") from None
+    except ElementTree.ParseError as e:
+        raise UsageError(
+            f"{one_line(path)}: no XML ({e}); in VOC the boxes of an image are in an XML file"
+        ) from None
+
+
+def _voc_object(element: ElementTree.Element, classes: Sequence[str], path: Path) -> tuple:
+    """(box, label, difficult, crowd, outline) of an object; raises `UsageError`."""
+    name = element.findtext("name", "").strip()
+    if name not in classes:
+        raise UsageError(
+            f"{one_line(path)}: {one_line(name)!r} is none of the {len(classes)} classes"
+            f"{did_you_mean(name, classes)}; "
+            "other classes are listed in classes.txt, one per line, beside JPEGImages"
+        )
+    try:
+        corners = ("xmin", "ymin", "xmax", "ymax")
+        x1, y1, x2, y2 = (float(element.findtext(f"bndbox/{corner}")) for corner in corners)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"{one_line(path)}: the {name} has no bndbox of four numbers xmin, ymin, xmax, ymax"
+        ) from None
+    difficult = (element.findtext("difficult") or "0").strip() == "1"
+    return (x1 - 1, y1 - 1, x2, y2), classes.index(name) + 1, difficult, False, None
+
+# %% ../../nbs/detect/00_boxes.ipynb #c016
 def read_voc_xml(path: Path | str, classes: Sequence[str]) -> ImageBoxes:
     """Read the labels of a VOC annotation file; raises `UsageError` with the file's name.
 
     Args:
-        path: of the XML file
+        path: an XML file
         classes: names of the classes 1, 2, ...
     """
     path = Path(path)
-    try:
-        root = ElementTree.fromstring(path.read_bytes())
-    except OSError:
-        raise UsageError(f"{one_line(path)}: the image's labels are missing") from None
-    except ElementTree.ParseError as e:
-        raise UsageError(
-            f"{one_line(path)}: no XML ({e}); VOC keeps an image's boxes in one"
-        ) from None
-    objects = []
-    for o in root.iter("object"):
-        name = o.findtext("name", "").strip()
-        if name not in classes:
-            raise UsageError(
-                f"{one_line(path)}: {one_line(name)!r} is none of the {len(classes)} "
-                f"classes{did_you_mean(name, classes)}; "
-                "an own set names its classes in classes.txt, one a line, beside JPEGImages"
-            )
-        try:
-            x1, y1, x2, y2 = (
-                float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")
-            )
-        except (TypeError, ValueError):
-            raise UsageError(
-                f"{one_line(path)}: the {name} has no bndbox of four numbers xmin, ymin, xmax, ymax"
-            ) from None
-        objects.append(
-            (
-                (x1 - 1, y1 - 1, x2, y2),
-                classes.index(name) + 1,
-                (o.findtext("difficult") or "0").strip() == "1",
-                False,
-                None,
-            )
-        )
-    w, h = (int(float(root.findtext(f"size/{k}") or 0)) for k in ("width", "height"))
-    return make_image_boxes(path.stem, (w, h) if w and h else None, objects)
+    root = _read_xml(path)
+    objects = [_voc_object(element, classes, path) for element in root.iter("object")]
+    width, height = (int(float(root.findtext(f"size/{k}") or 0)) for k in ("width", "height"))
+    return make_image_boxes(path.stem, (width, height) if width and height else None, objects)
 
-# %% ../../nbs/detect/00_boxes.ipynb #c020
+# %% ../../nbs/detect/00_boxes.ipynb #c021
+# of the paper; train: 16,551 images, val: 4,952 images
 VOC_0712_SPLITS = {
     "train": (("VOC2007", "trainval"), ("VOC2012", "trainval")),
     "val": (("VOC2007", "test"),),
-}  # the paper's; train: 16,551, val: 4,952
+}
 
 
 def find_voc_years(root: Path | str) -> dict[str, Path]:
     """Folders with JPEGImages, Annotations and ImageSets/Main: name -> path.
 
     Args:
-        root: VOCdevkit, the folder that holds it, or one of its years
+        root: VOCdevkit, the folder that contains it, or one of its years
     """
-    root, found = (
-        Path(os.path.abspath(root)),
-        {},
-    )  # so that "." has a name, and a link keeps its own
-    for p in (root, *(q for top in (root, root / "VOCdevkit") for q in sorted(top.glob("*/")))):
-        if all((p / n).is_dir() for n in ("JPEGImages", "Annotations", "ImageSets/Main")):
-            found[p.name] = p
-    return found
+    root = Path(os.path.abspath(root))  # so that "." has a name, and a link keeps its own
+    folders = [root, *sorted(root.glob("*/")), *sorted((root / "VOCdevkit").glob("*/"))]
+    needed = ("JPEGImages", "Annotations", "ImageSets/Main")
+    return {
+        folder.name: folder
+        for folder in folders
+        if all((folder / name).is_dir() for name in needed)
+    }
 
-# %% ../../nbs/detect/00_boxes.ipynb #c021
+# %% ../../nbs/detect/00_boxes.ipynb #c022
 def read_voc_split(
-    base: Path, listed: str, classes: Sequence[str]
+    base: Path, list_name: str, classes: Sequence[str]
 ) -> tuple[list[str], list[ImageBoxes]]:
     """(paths of the images, their labels) of a list in ImageSets/Main; raises `UsageError`.
 
     Args:
-        base: a year's folder
-        listed: the list in ImageSets/Main: trainval
-        classes: names of the classes
+        base: folder of a year
+        list_name: name of the list, such as trainval
+        classes: names of the classes 1, 2, ...
     """
-    path = base / "ImageSets/Main" / f"{listed}.txt"
-    names = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
+    lines = (base / "ImageSets/Main" / f"{list_name}.txt").read_text().splitlines()
+    names = [Path(line.split()[0]).stem for line in lines if line.strip()]
     if not names:
         raise UsageError(
-            f"--data-root {one_line(base)}: the list ImageSets/Main/{listed}.txt is empty"
+            f"--data-root {one_line(base)}: the list ImageSets/Main/{list_name}.txt is empty"
         )
-    have = {Path(n).stem: n for n in os.listdir(base / "JPEGImages")}
-    paths = [f"{base.name}/JPEGImages/{have.get(n, n + '.jpg')}" for n in names]
+    files = {Path(file).stem: file for file in os.listdir(base / "JPEGImages")}
+    paths = [f"{base.name}/JPEGImages/{files.get(name, name + '.jpg')}" for name in names]
     require_files(base.parent, paths, "image")
-    return [str(base.parent / p) for p in paths], [
-        read_voc_xml(base / "Annotations" / f"{n}.xml", classes) for n in names
+    annotations = [read_voc_xml(base / "Annotations" / f"{name}.xml", classes) for name in names]
+    return [str(base.parent / path) for path in paths], annotations
+
+# %% ../../nbs/detect/00_boxes.ipynb #c023
+def _voc_lists(
+    root: Path | str, years: Mapping[str, Path], split: str, splits: Mapping | None
+) -> list[tuple[Path, str]]:
+    """(folder of a year, name of a list) that form a split; raises `UsageError`."""
+
+    def exists(year: str, list_name: str) -> bool:
+        return year in years and (years[year] / f"ImageSets/Main/{list_name}.txt").is_file()
+
+    wanted = splits[split] if splits else [(year, split) for year in years if exists(year, split)]
+    missing = [
+        f"{year}/ImageSets/Main/{name}.txt" for year, name in wanted if not exists(year, name)
     ]
-
-# %% ../../nbs/detect/00_boxes.ipynb #c022
-def voc_detection(root: Path | str, split: str, parts: Mapping | None = None) -> DetectionDataset:
-    """A split of a VOC tree; raises `UsageError` that names what is missing.
-
-    Args:
-        root: see `find_voc_years`
-        split: train, val
-        parts: split -> ((year's folder, list), ...) such as `VOC_0712_SPLITS`; None: each
-            year's own list of that name
-    """
-    from densecl.data.sources import FileSource
-
-    years = find_voc_years(root)
-    wanted = (
-        parts[split]
-        if parts
-        else [
-            (y, split)
-            for y, p in years.items()
-            if (p / "ImageSets/Main" / f"{split}.txt").is_file()
-        ]
-    )
-    lacks = [
-        f"{y}/ImageSets/Main/{l}.txt"
-        for y, l in wanted
-        if y not in years or not (years[y] / "ImageSets/Main" / f"{l}.txt").is_file()
-    ]
-    if lacks:
+    if missing:
         raise UsageError(
-            f"--data-root {one_line(root)}: the preset voc needs {', '.join(lacks)}; without "
-            "--preset each year's train and val lists are used"
+            f"--data-root {one_line(root)}: the preset voc needs {', '.join(missing)}; "
+            "without --preset each year's train and val lists are used"
         )
     if not wanted:
         raise UsageError(
             f"--data-root {one_line(root)}: no list ImageSets/Main/{split}.txt in "
             f"{', '.join(years) or 'any folder'}"
         )
-    own = next(
-        (years[y] / "classes.txt" for y, _ in wanted if (years[y] / "classes.txt").is_file()), None
-    )
-    classes = (
-        [c.strip() for c in own.read_text().splitlines() if c.strip() not in ("", "background")]
-        if own
-        else VOC_CLASSES[1:]
-    )
-    paths, rows = zip(*(read_voc_split(years[y], l, classes) for y, l in wanted))
-    return DetectionDataset(FileSource("", list(chain(*paths))), list(chain(*rows)), classes, "voc")
+    return [(years[year], name) for year, name in wanted]
 
-# %% ../../nbs/detect/00_boxes.ipynb #c028
-def parse_coco_image(
-    image: dict, notes: Iterable[dict], of: Mapping[int, int], name: str
-) -> ImageBoxes:
-    """Labels of one image of a COCO json; raises `UsageError` for an unknown category.
+
+def _voc_classes(folders: Iterable[Path]) -> list[str]:
+    """The classes of the first classes.txt without the background; VOC's where there is none."""
+    for folder in folders:
+        path = folder / "classes.txt"
+        if path.is_file():
+            names = [line.strip() for line in path.read_text().splitlines()]
+            return [name for name in names if name not in ("", "background")]
+    return list(VOC_CLASSES[1:])
+
+# %% ../../nbs/detect/00_boxes.ipynb #c024
+def voc_detection(
+    root: Path | str, split: str, splits: Mapping[str, Sequence[tuple[str, str]]] | None = None
+) -> DetectionDataset:
+    """Open a split of a VOC dataset; raises `UsageError` that names what is missing.
 
     Args:
-        image: an entry of the json's images
-        notes: its annotations
-        of: category's number in the file -> class 1, 2, ...
-        name: of the json, for errors
+        root: see `find_voc_years`
+        split: train or val
+        splits: split -> (folder of a year, list), ... such as `VOC_0712_SPLITS`; None: each year's
+            own list with the name of the split
     """
-    objects = []
-    for a in notes:
-        if a["category_id"] not in of:
+    lists = _voc_lists(root, find_voc_years(root), split, splits)
+    classes = _voc_classes(folder for folder, _ in lists)
+    paths, annotations = [], []
+    for folder, list_name in lists:
+        year_paths, year_annotations = read_voc_split(folder, list_name, classes)
+        paths += year_paths
+        annotations += year_annotations
+    return DetectionDataset(FileSource("", paths), annotations, classes, "voc")
+
+# %% ../../nbs/detect/00_boxes.ipynb #c031
+def parse_coco_image(
+    image: dict, objects: Iterable[dict], labels: Mapping[int, int], file_name: str
+) -> ImageBoxes:
+    """Parse the labels of one image of a COCO file; raises `UsageError` for an unknown category.
+
+    Args:
+        image: an entry of `images`
+        objects: its entries of `annotations`
+        labels: category number in the file -> class 1, 2, ...
+        file_name: name of the file, for the error
+    """
+    parsed = []
+    for entry in objects:
+        category = entry["category_id"]
+        if category not in labels:
             raise UsageError(
-                f"{one_line(name)}: annotation {a.get('id')} has category {a['category_id']}, "
-                f"which is out of range; the file names {len(of)} categories"
+                f"{one_line(file_name)}: annotation {entry.get('id')} has category {category}, "
+                f"which is out of range; the file has {len(labels)} categories"
             )
-        x, y, w, h = a["bbox"]
+        x, y, w, h = entry["bbox"]
         if w <= 0 or h <= 0:
             continue
-        objects.append(
-            (
-                (x, y, x + w, y + h),
-                of[a["category_id"]],
-                False,
-                bool(a.get("iscrowd")),
-                json.dumps(a["segmentation"]) if a.get("segmentation") else None,
-            )
-        )
-    return make_image_boxes(
-        Path(image["file_name"]).stem,
-        (image["width"], image["height"]) if "width" in image else None,
-        objects,
-    )
+        outline = json.dumps(entry["segmentation"]) if entry.get("segmentation") else None
+        crowd = bool(entry.get("iscrowd"))
+        parsed.append(((x, y, x + w, y + h), labels[category], False, crowd, outline))
+    size = (image["width"], image["height"]) if "width" in image else None
+    return make_image_boxes(Path(image["file_name"]).stem, size, parsed)
 
-# %% ../../nbs/detect/00_boxes.ipynb #c029
+# %% ../../nbs/detect/00_boxes.ipynb #c032
 def find_coco_json(root: Path | str, split: str) -> Path:
-    """Path of the json with a split's instances; raises `UsageError`.
+    """Path of the file with a split's instances; raises `UsageError`.
 
     Args:
-        root: holds annotations/ and the folders of pictures
-        split: train, val; COCO adds the year
+        root: folder with annotations/ and the folders of images
+        split: train or val; COCO adds the year
     """
     found = sorted(Path(root, "annotations").glob(f"instances_{split}*.json"))
     if len(found) == 1:
         return found[0]
-    have = ", ".join(p.name for p in found) or "none"
+    names = ", ".join(path.name for path in found) or "none"
     message = (
         f"--data-root {one_line(root)}: needs one annotations/instances_{split}*.json, "
-        f"as COCO's instances_{split}2017.json; there are {have}"
+        f"such as COCO's instances_{split}2017.json; there are {names}"
     )
     raise UsageError(message[:400])
 
 
-def coco_detection(root: Path | str, split: str) -> DetectionDataset:
-    """A split of a COCO tree; raises `UsageError`.
-
-    Args:
-        root: holds annotations/ and the folders of pictures
-        split: train, val
-    """
-    path = find_coco_json(root, split)
+def _parse_coco(path: Path) -> tuple[list[dict], list[str], list[ImageBoxes]]:
+    """(entries of the images, class names, labels of the images); raises `UsageError`."""
     try:
-        held = json.loads(path.read_bytes())
-        images, notes = held["images"], {im["id"]: [] for im in held["images"]}
-        of = {
-            c["id"]: i + 1 for i, c in enumerate(sorted(held["categories"], key=lambda c: c["id"]))
-        }
-        for a in held["annotations"]:
-            notes[a["image_id"]].append(a)
-        rows = [parse_coco_image(im, notes[im["id"]], of, path.name) for im in images]
+        content = json.loads(path.read_bytes())
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        labels = {category["id"]: i for i, category in enumerate(categories, 1)}
+        objects = {image["id"]: [] for image in content["images"]}
+        for entry in content["annotations"]:
+            objects[entry["image_id"]].append(entry)
+        annotations = [
+            parse_coco_image(image, objects[image["id"]], labels, path.name)
+            for image in content["images"]
+        ]
+        return content["images"], [category["name"] for category in categories], annotations
     except (ValueError, KeyError, TypeError) as e:
         raise UsageError(
             f"{one_line(path)}: not a COCO file of instances ({type(e).__name__}: {one_line(e)})"
         ) from None
-    pictures = path.stem.removeprefix("instances_")
-    pictures = pictures if (Path(root) / pictures).is_dir() else f"images/{pictures}"
-    files = require_files(root, [f"{pictures}/{im['file_name']}" for im in images], "picture")
-    return DetectionDataset(
-        files, rows, [c["name"] for c in sorted(held["categories"], key=lambda c: c["id"])], "coco"
-    )
 
-# %% ../../nbs/detect/00_boxes.ipynb #c036
-def open_detection(root: Path | str, split: str, preset: str = "") -> DetectionDataset:
-    """A split of a VOC or COCO tree; raises `UsageError` when something is missing.
+# %% ../../nbs/detect/00_boxes.ipynb #c033
+def coco_detection(root: Path | str, split: str) -> DetectionDataset:
+    """Open a split of a COCO dataset; raises `UsageError`.
 
     Args:
-        root: of a VOC- or COCO-style tree
-        split: train, val
-        preset: voc: train on 07+12, test on 07; else each tree's own train and val
+        root: folder with annotations/ and the folders of images
+        split: train or val
+    """
+    path = find_coco_json(root, split)
+    images, classes, annotations = _parse_coco(path)
+    folder = path.stem.removeprefix("instances_")
+    if not (Path(root) / folder).is_dir():
+        folder = f"images/{folder}"
+    source = require_files(root, [f"{folder}/{image['file_name']}" for image in images], "image")
+    return DetectionDataset(source, annotations, classes, "coco")
+
+# %% ../../nbs/detect/00_boxes.ipynb #c039
+def open_detection(root: Path | str, split: str, preset: str = "") -> DetectionDataset:
+    """Open a split of a VOC or COCO dataset; raises `UsageError` when something is missing.
+
+    Args:
+        root: folder in the format of VOC or COCO
+        split: train or val
+        preset: voc: train on 07+12, test on 07; coco or empty: the dataset's own train and val
     """
     root = Path(root)
+    name = one_line(root)
     if not root.is_dir():
+        raise UsageError(f"--data-root {name}: no such folder; give a VOCdevkit or a COCO folder")
+    is_voc = bool(find_voc_years(root))
+    if not is_voc and not (root / "annotations").is_dir():
         raise UsageError(
-            f"--data-root {one_line(root)}: no such folder; give a VOCdevkit or a COCO folder"
+            f"--data-root {name}: no tree with boxes; it needs VOC's JPEGImages, Annotations and "
+            "ImageSets/Main, or COCO's annotations/instances_train2017.json and train2017"
         )
-    if find_voc_years(root):
-        if preset == "coco":
-            raise UsageError(
-                f"--preset coco: {one_line(root)} is a VOC tree; give COCO's folder, or --preset "
-                "voc"
-            )
+    if is_voc and preset == "coco":
+        raise UsageError(
+            f"--preset coco: {name} is a VOC tree; give COCO's folder, or --preset voc"
+        )
+    if not is_voc and preset == "voc":
+        raise UsageError(
+            f"--preset voc: {name} is a COCO tree; give the VOCdevkit, or --preset coco"
+        )
+    if is_voc:
         return voc_detection(root, split, VOC_0712_SPLITS if preset == "voc" else None)
-    if (root / "annotations").is_dir():
-        if preset == "voc":
-            raise UsageError(
-                f"--preset voc: {one_line(root)} is a COCO tree; give the VOCdevkit, or --preset "
-                "coco"
-            )
-        return coco_detection(root, split)
-    raise UsageError(
-        f"--data-root {one_line(root)}: no tree with boxes; it needs VOC's JPEGImages, "
-        "Annotations and ImageSets/Main, "
-        "or COCO's annotations/instances_train2017.json and train2017"
-    )
+    return coco_detection(root, split)

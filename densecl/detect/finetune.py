@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'resized_size', 'transform_sample', 'TrainDataset', 'TestDataset', 'collate_lists', 'Schedule',
-           'scale_schedule', 'warmup_step_lr', 'parameter_groups', 'move_to', 'predict', 'encode_masks', 'predict_all',
-           'score_detections', 'correct_detections']
+           'scale_schedule', 'warmup_multistep_lr', 'parameter_groups', 'to_device', 'paste_masks', 'predict',
+           'predict_all', 'score_detections', 'correct_detections']
 
-# %% ../../nbs/detect/03_finetune.ipynb #c004
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+# %% ../../nbs/detect/03_finetune.ipynb #c003
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,153 +26,179 @@ from .boxes import DetectionDataset, ImageBoxes
 from ..runtime import distributed
 from ..transfer.trials import iter_batches
 
-# %% ../../nbs/detect/03_finetune.ipynb #c007
-def resized_size(w: int, h: int, short: int, longest: int) -> tuple[int, int]:
+# %% ../../nbs/detect/03_finetune.ipynb #c006
+def resized_size(width: int, height: int, short_side: int, max_long_side: int) -> tuple[int, int]:
     """(width, height) with that short side, or smaller where the long side would be too long.
 
     Args:
-        w, h: of the image
-        short: the short side's wish
-        longest: what the long side may be at most
+        width: width of the image in pixels
+        height: height of the image in pixels
+        short_side: length of the short side after resizing
+        max_long_side: upper limit of the long side
     """
-    scale = min(short / min(w, h), longest / max(w, h))
-    return max(1, int(w * scale + 0.5)), max(1, int(h * scale + 0.5))
+    scale = min(short_side / min(width, height), max_long_side / max(width, height))
+    return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+
+# %% ../../nbs/detect/03_finetune.ipynb #c009
+def _transform_boxes(
+    boxes: np.ndarray, size: tuple[int, int], new_size: tuple[int, int], flip: bool
+) -> np.ndarray:
+    """Boxes, M x 4 float32, in the resized image."""
+    (W, H), (w, h) = size, new_size
+    boxes = boxes * np.float32([w / W, h / H, w / W, h / H])
+    boxes = boxes.clip(0, np.float32([w, h, w, h]))
+    if flip:
+        x1, y1, x2, y2 = boxes.T
+        boxes = np.stack([w - x2, y1, w - x1, y2], 1)
+    return boxes
+
+
+def _transform_masks(
+    outlines: Sequence, size: tuple[int, int], new_size: tuple[int, int], flip: bool
+) -> np.ndarray:
+    """Masks, M x h x w uint8, in the resized image."""
+    W, H = size
+    masks = []
+    for outline in outlines:
+        mask = Image.fromarray(decode_mask(outline, H, W)).resize(new_size, Image.NEAREST)
+        masks.append(np.asarray(mask)[:, ::-1] if flip else np.asarray(mask))
+    return np.stack(masks)
 
 # %% ../../nbs/detect/03_finetune.ipynb #c010
 def transform_sample(
-    picture: Image.Image,
-    row: ImageBoxes,
-    short: int,
-    longest: int,
+    image: Image.Image,
+    labels: ImageBoxes,
+    short_side: int,
+    max_long_side: int,
     flip: bool = False,
     masks: bool = False,
-) -> tuple[Tensor, dict]:
-    """(3 x h x w in 0 .. 1, dict of boxes, labels and, on request, masks); crowds are left out.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Resize and flip an image with its labels: (3 x h x w in 0 .. 1, target of torchvision).
+
+    The target has boxes (M x 4), labels (M) and, on request, masks (M x h x w), without crowds.
 
     Args:
-        picture: Pillow, RGB
-        row: its `Row`
-        short, longest: see `resized_size`
-        flip: mirror it
-        masks: draw the outlines, too
+        image: Pillow image in RGB
+        labels: its labels
+        short_side: see `resized_size`
+        max_long_side: see `resized_size`
+        flip: flip horizontally
+        masks: rasterize the outlines, too
     """
-    (W, H), keep = picture.size, ~row.crowd
-    w, h = resized_size(W, H, short, longest)
-    image, boxes = (
-        picture.resize((w, h), Image.BILINEAR),
-        row.boxes[keep] * np.float32([w / W, h / H, w / W, h / H]),
-    )
-    boxes = boxes.clip(0, np.float32([w, h, w, h]))
-    if flip:
-        image, boxes = (
-            image.transpose(Image.FLIP_LEFT_RIGHT),
-            np.stack([w - boxes[:, 2], boxes[:, 1], w - boxes[:, 0], boxes[:, 3]], 1),
-        )
-    there = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    keep = ~labels.crowd
+    new_size = resized_size(*image.size, short_side, max_long_side)
+    boxes = _transform_boxes(labels.boxes[keep], image.size, new_size, flip)
+    not_empty = (boxes[:, 2:] > boxes[:, :2]).all(1)
     target = {
-        "boxes": torch.from_numpy(boxes[there].copy()),
-        "labels": torch.from_numpy(row.labels[keep][there]),
+        "boxes": torch.from_numpy(boxes[not_empty].copy()),
+        "labels": torch.from_numpy(labels.labels[keep][not_empty]),
     }
     if masks:
-        drawn = [
-            Image.fromarray(decode_mask(o, H, W)).resize((w, h), Image.NEAREST)
-            for o, k in zip(row.outlines, keep)
-            if k
-        ]
-        drawn = np.stack([np.asarray(m)[:, :: -1 if flip else 1] for m in drawn])[there]
-        target["masks"] = torch.from_numpy(drawn.copy())
-    return to_tensor(image), target
+        outlines = [outline for outline, kept in zip(labels.outlines, keep) if kept]
+        rasterized = _transform_masks(outlines, image.size, new_size, flip)[not_empty]
+        target["masks"] = torch.from_numpy(rasterized.copy())
+    resized = image.resize(new_size, Image.BILINEAR)
+    if flip:
+        resized = resized.transpose(Image.FLIP_LEFT_RIGHT)
+    return to_tensor(resized), target
 
 # %% ../../nbs/detect/03_finetune.ipynb #c018
 class TrainDataset(Dataset):
-    """The images that hold something, by (epoch, position, index): size and mirror are a
-    function of (seed, epoch, position).
+    """Training samples of a detector; the key is (epoch, position in the epoch's order, index).
+
+    Images without an object are left out. Size and flip are a function of (seed, epoch, position).
 
     Args:
-        boxes: `DetectionDataset`
-        sides: short sides, of which each image gets one at random
-        longest: of the long side
-        seed: of size and mirror
-        masks: draw the outlines, too
+        dataset: images and boxes
+        short_sides: lengths of the short side, of which each sample has one at random
+        max_long_side: upper limit of the long side
+        seed: seed of the trial
+        masks: rasterize the outlines, too
+
+    Attributes:
+        indices: indices of the images with an object
     """
 
     def __init__(
         self,
-        boxes: DetectionDataset,
-        sides: Sequence[int],
-        longest: int,
+        dataset: DetectionDataset,
+        short_sides: Sequence[int],
+        max_long_side: int,
         seed: int,
         masks: bool = False,
     ) -> None:
-        self.boxes, self.sides, self.longest, self.seed, self.masks = (
-            boxes,
-            sides,
-            longest,
-            seed,
-            masks,
-        )
-        self.usable = [i for i, r in enumerate(boxes.rows) if (~r.crowd).any()]
+        self.dataset = dataset
+        self.short_sides = short_sides
+        self.max_long_side = max_long_side
+        self.seed = seed
+        self.masks = masks
+        self.indices = [i for i, a in enumerate(dataset.annotations) if not a.crowd.all()]
 
     def __len__(self):
-        return len(self.usable)
+        return len(self.indices)
 
-    def chance(self, epoch: int, position: int) -> tuple[int, bool]:
-        """(short side, whether to mirror) of a sample.
-
-        Args:
-            epoch, position: in the epoch's order
-        """
+    def sample_transform(self, epoch: int, position: int) -> tuple[int, bool]:
+        """(short side, whether to flip) of the sample at a position of an epoch."""
         rng = np.random.default_rng((self.seed, epoch, position))
-        return int(rng.choice(self.sides)), bool(rng.random() < 0.5)
+        return int(rng.choice(self.short_sides)), bool(rng.random() < 0.5)
 
-    def __getitem__(self, key):
-        epoch, position, i = key
-        side, flip = self.chance(epoch, position)
-        return transform_sample(
-            *self.boxes.load(self.usable[i]), side, self.longest, flip, self.masks
-        )
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+        epoch, position, index = key
+        short_side, flip = self.sample_transform(epoch, position)
+        image, labels = self.dataset.load(self.indices[index])
+        return transform_sample(image, labels, short_side, self.max_long_side, flip, self.masks)
 
 # %% ../../nbs/detect/03_finetune.ipynb #c021
 class TestDataset(Dataset):
-    """Images in the size of the test: (tensor, its number).
+    """Test images: index -> (3 x h x w in 0 .. 1, index).
 
     Args:
-        boxes: `DetectionDataset`
-        short, longest: see `resized_size`
+        dataset: images and boxes
+        short_side: see `resized_size`
+        max_long_side: see `resized_size`
     """
 
-    __test__ = False  # for pytest: this is no test
+    __test__ = False  # for pytest
 
-    def __init__(self, boxes: DetectionDataset, short: int, longest: int) -> None:
-        self.boxes, self.short, self.longest = boxes, short, longest
+    def __init__(self, dataset: DetectionDataset, short_side: int, max_long_side: int) -> None:
+        self.dataset = dataset
+        self.short_side = short_side
+        self.max_long_side = max_long_side
 
     def __len__(self):
-        return len(self.boxes)
+        return len(self.dataset)
 
-    def __getitem__(self, i):
-        image, _ = self.boxes.load(i)
-        return to_tensor(
-            image.resize(resized_size(*image.size, self.short, self.longest), Image.BILINEAR)
-        ), i
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, _ = self.dataset.load(index)
+        size = resized_size(*image.size, self.short_side, self.max_long_side)
+        return to_tensor(image.resize(size, Image.BILINEAR)), index
 
-# %% ../../nbs/detect/03_finetune.ipynb #c024
-def collate_lists(items: Iterable[tuple]) -> tuple[list, ...]:
-    """(list of images, list of targets): images of different size cannot be stacked.
+
+def collate_lists(samples: Iterable[tuple]) -> tuple[list, ...]:
+    """Collate samples to one list per part; images of different size cannot be stacked.
 
     Args:
-        items: what the data set gave
+        samples: such as (image, target) of each image
     """
-    return tuple(list(part) for part in zip(*items))
+    return tuple(list(part) for part in zip(*samples))
 
-# %% ../../nbs/detect/03_finetune.ipynb #c033
+# %% ../../nbs/detect/03_finetune.ipynb #c024
 class Schedule(NamedTuple):
-    """The fixed choices of a published recipe."""
+    """Schedule and image sizes of a published protocol.
 
-    steps: int  # of the whole schedule
-    drops: tuple  # where the rate falls to a tenth
-    warmup: int  # steps in which it rises
-    sides: tuple  # short sides in training, for short side 800 in the test
-    longest: int  # of the long side
+    Attributes:
+        steps: number of steps
+        milestones: steps at which the learning rate is divided by ten
+        warmup_steps: steps of the linear warm-up
+        short_sides: lengths of the short side in training; in the test it is 800
+        max_long_side: upper limit of the long side
+    """
+
+    steps: int
+    milestones: tuple[int, ...]
+    warmup_steps: int
+    short_sides: tuple[int, ...]
+    max_long_side: int
 
 
 SCHEDULES = {
@@ -181,188 +207,208 @@ SCHEDULES = {
 }
 
 
-def scale_schedule(protocol: Schedule, steps: int, short: int) -> Schedule:
-    """The schedule for another number of steps (same fractions) and another image size.
+def scale_schedule(schedule: Schedule, steps: int, short_side: int) -> Schedule:
+    """Scale a schedule to another number of steps and another image size.
 
     Args:
-        protocol: `Schedule`
-        steps: of the training
-        short: short side in the test
+        schedule: the published schedule
+        steps: number of steps of the training; the warm-up has at most a tenth of them
+        short_side: short side in the test
     """
-    p, s = protocol, short / 800
+    size_ratio = short_side / 800
     return Schedule(
         steps,
-        tuple(round(d * steps / p.steps) for d in p.drops),
-        min(p.warmup, steps // 10),
-        tuple(round(v * s) for v in p.sides),
-        round(p.longest * s),
+        tuple(round(step * steps / schedule.steps) for step in schedule.milestones),
+        min(schedule.warmup_steps, steps // 10),
+        tuple(round(side * size_ratio) for side in schedule.short_sides),
+        round(schedule.max_long_side * size_ratio),
     )
 
 
-def warmup_step_lr(protocol: Schedule, lr: float, step: int) -> float:
-    """Learning rate of a step: linear warm-up from a thousandth, a tenth after each drop.
+def warmup_multistep_lr(schedule: Schedule, lr: float, step: int) -> float:
+    """Learning rate of a step: linear warm-up from a thousandth, a tenth after each milestone.
 
     Args:
-        protocol: `Schedule`, scaled
-        lr: after the warm-up
-        step: from 0
+        schedule: the schedule, scaled
+        lr: learning rate after the warm-up
+        step: steps done before it
     """
-    rise = min(1.0, 0.001 + 0.999 * step / protocol.warmup) if protocol.warmup else 1.0
-    return lr * rise * 0.1 ** sum(step >= d for d in protocol.drops)
+    warmup = 1.0
+    if schedule.warmup_steps:
+        warmup = min(1.0, 0.001 + 0.999 * step / schedule.warmup_steps)
+    return lr * warmup * 0.1 ** sum(step >= milestone for milestone in schedule.milestones)
 
-# %% ../../nbs/detect/03_finetune.ipynb #c040
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+# %% ../../nbs/detect/03_finetune.ipynb #c032
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for SGD: no weight decay on BN, as in detectron2.
 
     Args:
-        model: its frozen part has no gradient
-        weight_decay: of all but BN
+        model: the model; parameters without gradient are left out
+        weight_decay: weight decay of all other parameters
     """
-    bn = {
-        id(p)
-        for m in model.modules()
-        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
-        for p in m.parameters()
-    }
-    learn = [p for p in model.parameters() if p.requires_grad]
-    split = [p for p in learn if id(p) not in bn], [p for p in learn if id(p) in bn]
-    return [{"params": p, "weight_decay": d} for p, d in zip(split, (weight_decay, 0.0)) if p]
-
-# %% ../../nbs/detect/03_finetune.ipynb #c043
-def move_to(
-    device: torch.device, images: list[Tensor], targets: list[dict]
-) -> tuple[list[Tensor], list[dict]]:
-    """Move images and targets to the device.
-
-    Args:
-        device: where to
-        images, targets: lists, of a loader
-    """
-    return [p.to(device) for p in images], [
-        {k: v.to(device) for k, v in t.items()} for t in targets
+    norm_parameters = set()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            norm_parameters.update(id(parameter) for parameter in module.parameters())
+    decayed, not_decayed = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            group = not_decayed if id(parameter) in norm_parameters else decayed
+            group.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": not_decayed, "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
-# %% ../../nbs/detect/03_finetune.ipynb #c044
-@torch.no_grad()
-def predict(
-    model: nn.Module,
-    boxes: DetectionDataset,
-    numbers: Iterable[int],
-    short: int,
-    longest: int,
-    workers: int = 0,
-) -> dict[int, Detections]:
-    """Detections of images: index -> `Detections` in pixels of the original image.
+# %% ../../nbs/detect/03_finetune.ipynb #c035
+def to_device(
+    images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], device: torch.device
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Copy images and targets to a device.
 
     Args:
-        model: its mode is kept
-        boxes: `DetectionDataset`
-        numbers: of the images to look at
-        short, longest: see `new_size`
+        images: one tensor per image
+        targets: one target per image
+        device: where to copy them
     """
-    was, device, found = model.training, next(model.parameters()).device, {}
-    model.eval()
-    loader = DataLoader(
-        TestDataset(boxes, short, longest),
-        sampler=numbers,
-        num_workers=workers,
-        collate_fn=collate_lists,
-    )
-    for images, places in iter_batches(loader):
-        seen, i = {k: v.cpu() for k, v in model([images[0].to(device)])[0].items()}, places[0]
-        h, w = images[0].shape[1:]
-        W, H = boxes.rows[i].size or boxes.load(i)[0].size
-        at = seen["boxes"] * torch.tensor([W / w, H / h, W / w, H / h])
-        found[i] = Detections(
-            at.numpy(),
-            seen["labels"].numpy(),
-            seen["scores"].numpy(),
-            encode_masks(seen["masks"], at, H, W) if "masks" in seen else (),
-        )
-    model.train(was)
-    return found
+    moved = [{key: value.to(device) for key, value in target.items()} for target in targets]
+    return [image.to(device) for image in images], moved
 
 
-def encode_masks(masks: Tensor, at: Tensor, H: int, W: int) -> tuple[dict, ...]:
-    """Masks in the original image as COCO's run lengths, one at a time to save memory.
+def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> tuple[dict, ...]:
+    """Paste masks into the image, one at a time, and encode them as COCO's run lengths.
 
     Args:
         masks: M x 1 x 28 x 28 in 0 .. 1
-        at: M x 4: their boxes in the whole image
-        H, W: of it
+        boxes: M x 4, their boxes in the image
+        height: height of the image in pixels
+        width: width of the image in pixels
     """
-    from pycocotools import mask
+    from pycocotools.mask import encode
 
-    drawn = (paste_masks_in_image(m[None], b[None], (H, W))[0, 0] > 0.5 for m, b in zip(masks, at))
-    return tuple(mask.encode(np.asfortranarray(d.numpy().astype(np.uint8))) for d in drawn)
+    encoded = []
+    for mask, box in zip(masks, boxes):
+        pasted = paste_masks_in_image(mask[None], box[None], (height, width))[0, 0] > 0.5
+        encoded.append(encode(np.asfortranarray(pasted.numpy().astype(np.uint8))))
+    return tuple(encoded)
 
-# %% ../../nbs/detect/03_finetune.ipynb #c049
-def predict_all(
+# %% ../../nbs/detect/03_finetune.ipynb #c036
+def _to_original_size(
+    output: dict[str, Tensor], size: tuple[int, int], original_size: tuple[int, int]
+) -> Detections:
+    """The detector's output for an image of `size` (width, height) in its original pixels."""
+    (w, h), (W, H) = size, original_size
+    boxes = output["boxes"] * torch.tensor([W / w, H / h, W / w, H / h])
+    masks = paste_masks(output["masks"], boxes, H, W) if "masks" in output else ()
+    return Detections(boxes.numpy(), output["labels"].numpy(), output["scores"].numpy(), masks)
+
+
+@torch.no_grad()
+def predict(
     model: nn.Module,
-    boxes: DetectionDataset,
-    count: int,
-    short: int,
-    longest: int,
+    dataset: DetectionDataset,
+    indices: Sequence[int],
+    short_side: int,
+    max_long_side: int,
     workers: int = 0,
 ) -> dict[int, Detections]:
-    """Detections of the first images: index -> `Detections`, shared and gathered over processes.
+    """Detect objects in images: index -> `Detections` in pixels of the original image.
 
     Args:
-        model: the same on every process
-        boxes: `DetectionDataset`
-        count: look at the first N images
-        short, longest: see `new_size`
+        model: the detector; its mode stays
+        dataset: images and boxes
+        indices: indices of the images
+        short_side: see `resized_size`
+        max_long_side: see `resized_size`
+        workers: worker processes that load images
     """
-    mine = predict(
-        model,
-        boxes,
-        range(distributed.rank(), min(count, len(boxes)), distributed.world_size()),
-        short,
-        longest,
-        workers,
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    loader = DataLoader(
+        TestDataset(dataset, short_side, max_long_side),
+        sampler=indices,
+        num_workers=workers,
+        collate_fn=collate_lists,
     )
-    if distributed.world_size() == 1:
-        return mine
-    parts = [None] * distributed.world_size()
-    dist.all_gather_object(parts, mine)
-    return {i: f for part in parts for i, f in part.items()}
+    detections = {}
+    for (image,), (index,) in iter_batches(loader):
+        output = {name: value.cpu() for name, value in model([image.to(device)])[0].items()}
+        original_size = dataset.annotations[index].size or dataset.load(index)[0].size
+        detections[index] = _to_original_size(
+            output, (image.shape[2], image.shape[1]), original_size
+        )
+    model.train(was_training)
+    return detections
+
+# %% ../../nbs/detect/03_finetune.ipynb #c040
+def predict_all(
+    model: nn.Module,
+    dataset: DetectionDataset,
+    num_images: int,
+    short_side: int,
+    max_long_side: int,
+    workers: int = 0,
+) -> dict[int, Detections]:
+    """Detect objects in the first images: index -> `Detections`, on every process.
+
+    Args:
+        model: the detector, the same on every process
+        dataset: images and boxes
+        num_images: number of images, from the first one on
+        short_side: see `resized_size`
+        max_long_side: see `resized_size`
+        workers: worker processes that load images
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    indices = range(rank, min(num_images, len(dataset)), world_size)
+    own = predict(model, dataset, indices, short_side, max_long_side, workers)
+    if world_size == 1:
+        return own
+    parts = [None] * world_size
+    dist.all_gather_object(parts, own)
+    return {index: detections for part in parts for index, detections in part.items()}
 
 
 def score_detections(
-    boxes: DetectionDataset, found: dict[int, Detections], masks: bool = False
-) -> dict:
-    """ap, ap50, ap75, per_class (COCO's); on a VOC tree voc_ap, ...; with masks mask_ap, ...
+    dataset: DetectionDataset, detections: Mapping[int, Detections], masks: bool = False
+) -> dict[str, Any]:
+    """Compute ap, ap50, ap75, per_class (COCO's); on VOC also voc_ap, ...; with masks mask_ap, ...
 
     Args:
-        boxes: `DetectionDataset`
-        found: number -> `Detections`
+        dataset: images and boxes
+        detections: index of an image -> its detections
         masks: score the masks, too
     """
-    numbers = sorted(found)
-    rows, them = [boxes.rows[i] for i in numbers], [found[i] for i in numbers]
-    out, more = coco_ap(rows, them, boxes.classes), {}
-    if boxes.kind == "voc":
-        more["voc"] = voc_ap(rows, them, boxes.classes)
+    indices = sorted(detections)
+    annotations = [dataset.annotations[index] for index in indices]
+    found = [detections[index] for index in indices]
+    scores = coco_ap(annotations, found, dataset.classes)
+    if dataset.kind == "voc":
+        voc_scores = voc_ap(annotations, found, dataset.classes)
+        scores |= {f"voc_{name}": value for name, value in voc_scores.items()}
     if masks:
-        more["mask"] = coco_ap(rows, them, boxes.classes, "segm")
-    return out | {f"{name}_{k}": v for name, got in more.items() for k, v in got.items()}
+        mask_scores = coco_ap(annotations, found, dataset.classes, "segm")
+        scores |= {f"mask_{name}": value for name, value in mask_scores.items()}
+    return scores
 
-# %% ../../nbs/detect/03_finetune.ipynb #c052
-def correct_detections(row: ImageBoxes, found: Detections, close: float = 0.5) -> np.ndarray:
-    """Whether each detection is the first of its class on an object of that class: M bool.
+# %% ../../nbs/detect/03_finetune.ipynb #c043
+def correct_detections(
+    labels: ImageBoxes, detections: Detections, threshold: float = 0.5
+) -> np.ndarray:
+    """Whether each detection is the first of its class on an object of that class: D bool.
 
     Args:
-        row: `Row`
-        found: `Detections` of the same image
-        close: IoU that counts as right
+        labels: labels of the image
+        detections: detections in the same image
+        threshold: the IoU must be larger
     """
-    out, iou = (
-        np.zeros(len(found.boxes), bool),
-        box_iou(found.boxes.astype(float), row.boxes.astype(float)),
-    )
-    free = np.ones(len(row.boxes), bool)
-    for i in np.argsort(-found.scores, kind="stable"):
-        fits = iou[i] * (free & (row.labels == found.labels[i]))
-        if len(fits) and fits.max() > close:
-            out[i], free[fits.argmax()] = True, False
-    return out
+    ious = box_iou(detections.boxes.astype(float), labels.boxes.astype(float))  # D x N
+    correct = np.zeros(len(detections.boxes), bool)
+    free = np.ones(len(labels.boxes), bool)
+    for i in np.argsort(-detections.scores, kind="stable"):
+        candidates = ious[i] * (free & (labels.labels == detections.labels[i]))
+        if len(candidates) and candidates.max() > threshold:
+            correct[i] = True
+            free[candidates.argmax()] = False
+    return correct

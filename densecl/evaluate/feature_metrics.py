@@ -6,8 +6,6 @@
 __all__ = ['alignment', 'uniformity', 'effective_rank', 'diversity', 'feature_probe']
 
 # %% ../../nbs/evaluate/02_feature_metrics.ipynb #c002
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -62,14 +60,6 @@ def diversity(grid: Tensor) -> float:
     return float(1 - mean_pairwise_cosine(grid))
 
 # %% ../../nbs/evaluate/02_feature_metrics.ipynb #c016
-def _backbone_mean(output: EncoderOutput) -> Tensor:
-    return l2_normalize(output.features.mean((2, 3)))  # N x C
-
-
-def _join(outputs: list[EncoderOutput], part: Callable[[EncoderOutput], Tensor]) -> Tensor:
-    return torch.cat([part(output) for output in outputs])
-
-
 def feature_probe(encoder: Encoder, batch: dict[str, Tensor]) -> dict[str, dict]:
     """Metrics of a network's vectors, without labels.
 
@@ -78,23 +68,24 @@ def feature_probe(encoder: Encoder, batch: dict[str, Tensor]) -> dict[str, dict]
         batch: im_q and im_k, two views of each image, from `correspondence.probe_views`
 
     Returns:
-        a dict for backbone, global (unless the file has a backbone only) and dense (with a dense
-        head): align, uniform, rank; of: the greatest rank that is possible; diversity (not of
-        global)
+        a dict for backbone, global (unless the encoder has a backbone only) and dense (with a
+        dense head): align, uniform, rank; of: the greatest possible rank; diversity (not of global)
     """
-    queries, keys = (list(iter_features(encoder, batch[view])) for view in ("im_q", "im_k"))
-    rows = {
-        "backbone": _vector_metrics(_join(queries, _backbone_mean), _join(keys, _backbone_mean))
-    }
-    rows["backbone"]["diversity"] = diversity(_join(queries, lambda output: output.features))
+    a, b = (_encode(encoder, batch[view]) for view in ("im_q", "im_k"))
+    features_a, features_b = (l2_normalize(output.features.mean((2, 3))) for output in (a, b))
+    rows = {"backbone": _vector_metrics(features_a, features_b)}
+    rows["backbone"]["diversity"] = diversity(a.features)
     if encoder.dim > 1:  # else the head is a placeholder, see `features.BACKBONE_ONLY`
-        q, k = (_join(outputs, lambda output: output.embedding) for outputs in (queries, keys))
-        rows["global"] = _vector_metrics(q, k)
-    if queries[0].dense is not None:
-        q, k = (_join(outputs, lambda output: output.dense_pooled) for outputs in (queries, keys))
-        rows["dense"] = _vector_metrics(q, k)
-        rows["dense"]["diversity"] = diversity(_join(queries, lambda output: output.dense))
+        rows["global"] = _vector_metrics(a.embedding, b.embedding)
+    if a.dense is not None:
+        rows["dense"] = _vector_metrics(a.dense_pooled, b.dense_pooled)
+        rows["dense"]["diversity"] = diversity(a.dense)
     return rows
+
+
+def _encode(encoder: Encoder, images: Tensor) -> EncoderOutput:
+    fields = zip(*iter_features(encoder, images))  # per field the tensors of all batches
+    return EncoderOutput(*(None if field[0] is None else torch.cat(field) for field in fields))
 
 
 def _vector_metrics(x: Tensor, y: Tensor) -> dict:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['UPSAMPLE', 'TOLERANCES', 'sample_features', 'predict_points', 'KeypointDataset', 'crop_square', 'find_keypoint_file',
-           'read_split', 'read_annotations', 'open_keypoints', 'sample_pairs', 'within_tolerance', 'keypoint_probe',
-           'pair_figure']
+           'KeypointAnnotations', 'read_annotations', 'open_keypoints', 'sample_pairs', 'within_tolerance',
+           'common_points', 'keypoint_probe', 'keypoint_figure']
 
 # %% ../../nbs/evaluate/03_keypoints.ipynb #c002
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +24,11 @@ from torch import Tensor
 from ..augment import normalize
 from ..correspondence import cell_centers
 from ..data.decode import decode_image
-from ..data.labels import find_voc_root
+from ..data.labels import find_voc_root, read_voc_list
 from ..encoder import Encoder, l2_normalize
 from .features import encode_images, evenly_spaced
 from ..runtime.io import UsageError
+from ..visualize import plotting
 
 # %% ../../nbs/evaluate/03_keypoints.ipynb #c005
 def sample_features(f: Tensor, points: Tensor) -> Tensor:
@@ -34,249 +36,281 @@ def sample_features(f: Tensor, points: Tensor) -> Tensor:
 
     Args:
         f: C x h x w
-        points: M x 2 (x, y) in the unit square
+        points: M x 2, (x, y) in the unit square
     """
-    at = (2 * points.float() - 1)[None, None]  # 1 x 1 x M x 2, as grid_sample counts
-    return F.grid_sample(f[None].float(), at, padding_mode="border", align_corners=False)[0, :, 0].T
+    grid = (2 * points.float() - 1)[None, None]  # 1 x 1 x M x 2, grid_sample's -1 .. 1
+    sampled = F.grid_sample(f[None].float(), grid, padding_mode="border", align_corners=False)
+    return sampled[0, :, 0].T  # from 1 x C x 1 x M
 
-# %% ../../nbs/evaluate/03_keypoints.ipynb #c008
-UPSAMPLE = 5  # a map of similarities is stretched so many times before its peak is looked for
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c009
+UPSAMPLE = 5  # factor by which a similarity map is upsampled before its maximum is taken
 
 
 @torch.no_grad()
 def predict_points(f_a: Tensor, points: Tensor, f_b: Tensor) -> Tensor:
-    """Where b is most similar to each of a's points: M x 2 in b's unit square.
+    """For points of one image the most similar points of another.
 
     Args:
-        f_a: C x h x w
-        points: M x 2 in a's unit square
-        f_b: C x h' x w'
+        f_a: C x h x w, features of the first image
+        points: M x 2, (x, y) in the unit square of the first image
+        f_b: C x h' x w', features of the second image
+
+    Returns:
+        M x 2, (x, y) in the unit square of the second image
     """
-    v = F.normalize(sample_features(f_a, points), dim=1)  # M x C
-    sim = torch.einsum("mc,chw->mhw", v, l2_normalize(f_b[None])[0])  # M x h' x w'
+    queries = F.normalize(sample_features(f_a, points), dim=1)  # M x C
+    sim = torch.einsum("mc,chw->mhw", queries, l2_normalize(f_b[None])[0])  # M x h' x w'
     sim = F.interpolate(sim[None], scale_factor=UPSAMPLE, mode="bicubic", align_corners=False)[0]
     return cell_centers(*sim.shape[1:])[sim.flatten(1).argmax(1)]
 
-# %% ../../nbs/evaluate/03_keypoints.ipynb #c012
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c013
 class KeypointDataset(NamedTuple):
-    """N animals (or people), each cut out as a square, with K points each."""
+    """N animals (or people), one square crop of size S x S each, with K keypoints.
 
-    images: list  # N Pillow images, S x S
-    points: torch.Tensor  # N x K x 2 in the unit square of the cut
-    seen: torch.Tensor  # N x K, which points are marked
-    kind: torch.Tensor  # N, the class
-    image_index: torch.Tensor  # N, the index of the image that shows it
-    names: list  # K, of the points
+    Attributes:
+        images: N crops, Pillow images
+        points: N x K x 2, (x, y) in the unit square of the crop
+        visible: N x K bool, whether the point is annotated and inside the crop
+        categories: N, the class of each animal
+        image_ids: N, the id of the image that it was cropped from
+        names: K names of the keypoints
+    """
+
+    images: list[Image.Image]
+    points: Tensor
+    visible: Tensor
+    categories: Tensor
+    image_ids: Tensor
+    names: list[str]
 
 
 def crop_square(
     image: Image.Image, box: Sequence[float], size: int
 ) -> tuple[Image.Image, float, float, float]:
-    """A square crop around the center of a box: (image, its corner x, y, its side).
+    """A square crop around the center of a box, as wide as its longer side.
 
     Args:
         image: Pillow image
-        box: x, y, width, height
+        box: x, y, width, height in pixels
         size: side of the result in pixels
-    """
-    x, y, w, h = box
-    side = max(w, h, 1)
-    left, top = x + w / 2 - side / 2, y + h / 2 - side / 2
-    gray = Image.new(
-        "RGB", (round(side), round(side)), (124, 116, 104)
-    )  # ImageNet's mean, where the square leaves the image
-    gray.paste(image, (-round(left), -round(top)))
-    return gray.resize((size, size), Image.BILINEAR), left, top, side
 
-# %% ../../nbs/evaluate/03_keypoints.ipynb #c014
+    Returns:
+        the crop, and its left, top and side in pixels of the image
+    """
+    x, y, width, height = box
+    side = max(width, height, 1)
+    left, top = x + width / 2 - side / 2, y + height / 2 - side / 2
+    # beyond the image the crop has ImageNet's mean color
+    crop = Image.new("RGB", (round(side), round(side)), (124, 116, 104))
+    crop.paste(image, (-round(left), -round(top)))
+    return crop.resize((size, size), Image.BILINEAR), left, top, side
+
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c015
 def find_keypoint_file(root: Path | str) -> tuple[Path, Path]:
-    """(the json, the folder of its images); raises `UsageError`.
+    """The annotation file and the folder of its images; raises `UsageError` when there is none.
 
     Args:
-        root: the json itself, a VOC tree with animal_keypoints.json, or COCO's folder
+        root: a COCO keypoint json, a VOC tree with animal_keypoints.json, or COCO's folder
     """
     root, base = Path(root), find_voc_root(root)
-    usual = [root / "annotations/person_keypoints_val2017.json"] + (
-        [base / "animal_keypoints.json"] if base else []
-    )
-    path = root if root.is_file() else next((p for p in usual if p.is_file()), None)
-    if path is None:
+    candidates = [root, root / "annotations/person_keypoints_val2017.json"]
+    if base:
+        candidates.append(base / "animal_keypoints.json")
+    files = [path for path in candidates if path.is_file()]
+    if not files:
         raise UsageError(
             f"--data-root {root}: no keypoints; give a COCO keypoint .json, or a folder with "
             "annotations/person_keypoints_val2017.json"
         )
-    beside = (
-        path.parent / "JPEGImages",
-        path.parent.parent / path.stem.split("_")[-1],
-        path.parent,
-    )
-    return path, next(p for p in beside if p.is_dir())
+    path = files[0]
+    year = path.stem.split("_")[-1]  # person_keypoints_val2017 -> val2017
+    folders = (path.parent / "JPEGImages", path.parent.parent / year, path.parent)
+    return path, next(folder for folder in folders if folder.is_dir())
 
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c016
+class KeypointAnnotations(NamedTuple):
+    """The content of a COCO keypoint json.
 
-def read_split(folder: Path | str, split: str) -> set[str] | None:
-    """Names in a VOC tree's list, without suffix; None when there is no such list.
+    Attributes:
+        animals: annotations with enough keypoints, sorted by image
+        files: image id -> file name
+        names: names of the keypoints
+    """
+
+    animals: list[dict]
+    files: dict[int, str]
+    names: list[str]
+
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c018
+def read_annotations(path: Path | str, split: str, min_points: int) -> KeypointAnnotations:
+    """Read a COCO keypoint json; raises `UsageError` for any other file.
 
     Args:
-        folder: that a split's list belongs to
-        split: val, train
+        path: of the json
+        split: where the file is in a VOC tree, only images of this split are used
+        min_points: keypoints that an animal must have
     """
-    listed = Path(folder) / f"ImageSets/Segmentation/{split}.txt"
-    return (
-        {l.split()[0] for l in listed.read_text().splitlines() if l.strip()}
-        if listed.is_file()
-        else None
-    )
-
-# %% ../../nbs/evaluate/03_keypoints.ipynb #c015
-def read_annotations(
-    path: Path | str, split: str, least: int
-) -> tuple[list[dict], dict, list[str]]:
-    """(annotations with enough points, file name per image, names of the points).
-
-    Args:
-        path: a COCO keypoint json
-        split: of a VOC tree that it lies in
-        least: points that an animal must have
-    """
+    folder = Path(path).parent
+    has_list = (folder / f"ImageSets/Segmentation/{split}.txt").is_file()
+    names = set(read_voc_list(folder, split)) if has_list else None
     try:
-        held = json.loads(Path(path).read_bytes())
-        files, names = (
-            {im["id"]: im["file_name"] for im in held["images"]},
-            held["categories"][0]["keypoints"],
-        )
-        found = [
-            a for a in held["annotations"] if sum(v > 0 for v in a["keypoints"][2::3]) >= least
+        content = json.loads(Path(path).read_bytes())
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        animals = [
+            animal
+            for animal in content["annotations"]
+            if sum(mark > 0 for mark in animal["keypoints"][2::3]) >= min_points
+            and (names is None or Path(files[animal["image_id"]]).stem in names)
         ]
-        chosen = read_split(Path(path).parent, split)
-        found = [a for a in found if chosen is None or Path(files[a["image_id"]]).stem in chosen]
+        keypoint_names = content["categories"][0]["keypoints"]
     except (ValueError, KeyError, TypeError, IndexError):
         raise UsageError(
             f"--data-root {path}: not a COCO keypoint json; it needs images, annotations with "
             "keypoints, categories"
         ) from None
-    if len(found) < 2:
-        raise UsageError(f"--data-root {path}: fewer than two animals with {least} points or more")
-    return sorted(found, key=lambda a: a["image_id"]), files, names
+    if len(animals) < 2:
+        few = f"fewer than two animals with at least {min_points} keypoints"
+        raise UsageError(f"--data-root {path}: {few}")
+    animals.sort(key=lambda animal: animal["image_id"])
+    return KeypointAnnotations(animals, files, keypoint_names)
 
-
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c020
 def open_keypoints(
-    root: Path | str, size: int = 224, limit: int = 0, split: str = "val", least: int = 3
+    root: Path | str, size: int = 224, limit: int = 0, split: str = "val", min_points: int = 3
 ) -> KeypointDataset:
     """Crops of animals with their keypoints; raises `UsageError` or `CorruptImageError`.
 
     Args:
-        root: see `find_keypoint_file`
-        size: side of a cut in pixels
-        limit: at most this many animals, an even choice; 0: all
+        root: as in `find_keypoint_file`
+        size: side of a crop in pixels
+        limit: number of animals, evenly spaced; 0: all
         split: of a VOC tree
-        least: points that an animal must have
+        min_points: keypoints that an animal must have
     """
     path, folder = find_keypoint_file(root)
-    found, files, names = read_annotations(path, split, least)
-    found, cuts, points = [found[i] for i in evenly_spaced(len(found), limit)], [], []
-    for a in found:
-        name = folder / files[a["image_id"]]
-        try:
-            image = decode_image(name.read_bytes(), name)
-        except OSError as e:
-            raise UsageError(f"--data-root {path}: its image {name}: {e.strerror}") from None
-        im, left, top, side = crop_square(image, a["bbox"], size)
-        k = torch.tensor(a["keypoints"], dtype=torch.float32).view(-1, 3)  # K x (x, y, marked)
-        cuts.append(im)
-        points.append(torch.cat([(k[:, :2] - torch.tensor([left, top])) / side, k[:, 2:]], 1))
-    points = torch.stack(points)
-    inside = ((points[..., :2] >= 0) & (points[..., :2] <= 1)).all(2)
-    return KeypointDataset(
-        cuts,
-        points[..., :2],
-        (points[..., 2] > 0) & inside,
-        *(torch.tensor([a[k] for a in found]) for k in ("category_id", "image_id")),
-        names,
-    )
+    animals, files, names = read_annotations(path, split, min_points)
+    animals = [animals[i] for i in evenly_spaced(len(animals), limit)]
+    images, keypoints = [], []
+    for animal in animals:
+        image = _read_image(path, folder / files[animal["image_id"]])
+        crop, left, top, side = crop_square(image, animal["bbox"], size)
+        xym = torch.tensor(animal["keypoints"], dtype=torch.float32).view(-1, 3)  # x, y, mark
+        xy = (xym[:, :2] - torch.tensor([left, top])) / side
+        images.append(crop)
+        keypoints.append(torch.cat([xy, xym[:, 2:]], 1))
+    keypoints = torch.stack(keypoints)  # N x K x 3
+    points, annotated = keypoints[..., :2], keypoints[..., 2] > 0
+    inside = ((points >= 0) & (points <= 1)).all(2)
+    categories = torch.tensor([animal["category_id"] for animal in animals])
+    image_ids = torch.tensor([animal["image_id"] for animal in animals])
+    return KeypointDataset(images, points, annotated & inside, categories, image_ids, names)
 
-# %% ../../nbs/evaluate/03_keypoints.ipynb #c021
-def sample_pairs(animals: KeypointDataset, n: int = 1000, seed: int = 0) -> Tensor:
-    """Pairs of animals of one class in different images, with a common point: at most n x 2.
+
+def _read_image(annotations: Path, path: Path) -> Image.Image:
+    try:
+        return decode_image(path.read_bytes(), path)
+    except OSError as e:
+        raise UsageError(f"--data-root {annotations}: its image {path}: {e.strerror}") from None
+
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c026
+def sample_pairs(dataset: KeypointDataset, n: int = 1000, seed: int = 0) -> Tensor:
+    """Ordered pairs of animals of one class in different images, with a common keypoint.
 
     Args:
-        animals: `KeypointDataset`
-        n: how many
-        seed: of the choice
+        dataset: at least two animals
+        n: greatest number of pairs
+        seed: of the random choice
+
+    Returns:
+        n' x 2 int64, indices of the animals, n' <= n; raises `UsageError` when there is no pair
     """
-    same = (animals.kind[:, None] == animals.kind) & (
-        animals.image_index[:, None] != animals.image_index
-    )
-    common = (animals.seen[:, None] & animals.seen[None]).any(2)
-    every = (same & common).nonzero()  # all ordered pairs
-    if not len(every):
+    same_category = dataset.categories[:, None] == dataset.categories
+    same_image = dataset.image_ids[:, None] == dataset.image_ids
+    common = (dataset.visible[:, None] & dataset.visible[None]).any(2)
+    pairs = (same_category & ~same_image & common).nonzero()
+    if len(pairs) == 0:
         raise UsageError(
             "--data-root: no two animals of one class in different images have a point in common"
         )
-    return every[np.random.default_rng(seed).permutation(len(every))[:n]]
+    return pairs[np.random.default_rng(seed).permutation(len(pairs))[:n]]
 
-# %% ../../nbs/evaluate/03_keypoints.ipynb #c024
-TOLERANCES = (0.1, 0.2)  # of the square's side
-
-
-def within_tolerance(found: Tensor, truth: Tensor) -> Tensor:
-    """Whether each point is within each tolerance: M x 2 bool.
-
-    Args:
-        found: M x 2 in the unit square
-        truth: M x 2
-    """
-    return (found - truth).norm(dim=-1)[..., None] <= torch.tensor(TOLERANCES)
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c029
+TOLERANCES = (0.1, 0.2)  # of the crop's side
 
 
-def keypoint_probe(encoder: Encoder, animals: KeypointDataset, pairs: Tensor) -> dict[str, dict]:
-    """PCK over all keypoints: a dict each for backbone, dense, same_place and chance.
+def within_tolerance(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Whether predicted points are correct, for each of the `TOLERANCES`: ... x 2 bool.
 
     Args:
-        encoder: `Encoder`
-        animals: `KeypointDataset`
-        pairs: of `sample_pairs`
+        predicted: ... x 2, (x, y) in the unit square
+        truth: ... x 2, broadcast with `predicted`
     """
-    f, r = encode_images(encoder, [normalize(im) for im in animals.images])
-    grids, anywhere = (
-        {"backbone": f} | ({} if r is None else {"dense": r}),
-        cell_centers(24, 24)[:, None],
-    )
-    right = {k: [] for k in (*grids, "same_place", "chance")}
+    return (predicted - truth).norm(dim=-1)[..., None] <= torch.tensor(TOLERANCES)
+
+
+def common_points(dataset: KeypointDataset, a: int, b: int) -> tuple[Tensor, Tensor]:
+    """The keypoints that are visible in both of two animals: M x 2 each.
+
+    Args:
+        dataset: the animals
+        a: index of the first animal
+        b: index of the second animal
+    """
+    common = dataset.visible[a] & dataset.visible[b]
+    return dataset.points[a][common], dataset.points[b][common]
+
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c031
+def keypoint_probe(encoder: Encoder, dataset: KeypointDataset, pairs: Tensor) -> dict[str, dict]:
+    """PCK of a network and of baselines, over all keypoints of all pairs.
+
+    Args:
+        encoder: the network
+        dataset: the animals
+        pairs: n x 2, from `sample_pairs`
+
+    Returns:
+        a dict for backbone, dense (with a dense head), same_place and chance: PCK@0.1 and PCK@0.2,
+        fractions of 1
+    """
+    features, dense = encode_images(encoder, [normalize(image) for image in dataset.images])
+    grids = {"backbone": features} if dense is None else {"backbone": features, "dense": dense}
+    everywhere = cell_centers(24, 24)[:, None]  # 576 x 1 x 2
+    correct = {name: [] for name in (*grids, "same_place", "chance")}
     for a, b in pairs.tolist():
-        both = animals.seen[a] & animals.seen[b]
-        p, q = animals.points[a][both], animals.points[b][both]  # M x 2 each
-        for k, g in grids.items():
-            right[k].append(within_tolerance(predict_points(g[a], p, g[b]), q))
-        right["same_place"].append(within_tolerance(p, q))
-        right["chance"].append(within_tolerance(anywhere, q).float().mean(0))  # over all places
-    names = [f"PCK@{t:g}" for t in TOLERANCES]
-    return {k: dict(zip(names, torch.cat(v).float().mean(0).tolist())) for k, v in right.items()}
+        points, truth = common_points(dataset, a, b)
+        for name, grid in grids.items():
+            predicted = predict_points(grid[a], points, grid[b])
+            correct[name].append(within_tolerance(predicted, truth))
+        correct["same_place"].append(within_tolerance(points, truth))
+        correct["chance"].append(within_tolerance(everywhere, truth).float().mean(0))
+    columns = [f"PCK@{tolerance:g}" for tolerance in TOLERANCES]
+    return {
+        name: dict(zip(columns, torch.cat(parts).float().mean(0).tolist()))
+        for name, parts in correct.items()
+    }
 
-# %% ../../nbs/evaluate/03_keypoints.ipynb #c032
-def pair_figure(encoders: dict[str, Encoder], animals: KeypointDataset, pairs: Tensor) -> Figure:
-    """Draw each network's predictions by backbone features: blue within a tenth of the animal.
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c039
+def keypoint_figure(
+    encoders: dict[str, Encoder], dataset: KeypointDataset, pairs: Tensor
+) -> Figure:
+    """Draw the keypoints that networks predict by backbone features.
+
+    A line is blue when it ends within a tenth of the crop's side from the annotation, else orange.
 
     Args:
-        encoders: name -> `Encoder`: a column each, when there are several
-        animals: `KeypointDataset`
-        pairs: n x 2: each pair is drawn once a network
+        encoders: networks by name, one column each when there are several
+        dataset: the animals
+        pairs: n x 2, indices of the animals; each pair is drawn once per network
     """
-    from densecl.visualize import plotting
-
-    grids = {
-        n: encode_images(e, [normalize(im) for im in animals.images])[0]
-        for n, e in encoders.items()
-    }
-    fig, axes = plotting.panels(len(pairs) * len(grids), max(2, len(grids)), size=2.2, aspect=2.05)
-    for ax, ((a, b), name) in zip(axes, [(p, n) for p in pairs.tolist() for n in grids]):
-        both = animals.seen[a] & animals.seen[b]
-        p, found = (
-            animals.points[a][both],
-            predict_points(grids[name][a], animals.points[a][both], grids[name][b]),
-        )
-        right = within_tolerance(found, animals.points[b][both])[:, 0]
-        plotting.draw_matches(
-            ax, np.array(animals.images[a]), np.array(animals.images[b]), p, found, right
-        )
-        ax.set_title(f"{name}: {int(right.sum())} of {len(right)}", fontsize=10)
+    images = [normalize(image) for image in dataset.images]
+    grids = {name: encode_images(encoder, images)[0] for name, encoder in encoders.items()}
+    columns = max(2, len(grids))
+    fig, axes = plotting.panels(len(pairs) * len(grids), columns, size=2.2, aspect=2.05)
+    for ax, ((a, b), name) in zip(axes, product(pairs.tolist(), grids)):
+        points, truth = common_points(dataset, a, b)
+        predicted = predict_points(grids[name][a], points, grids[name][b])
+        correct = within_tolerance(predicted, truth)[:, 0]
+        image_a, image_b = np.array(dataset.images[a]), np.array(dataset.images[b])
+        plotting.draw_matches(ax, image_a, image_b, points, predicted, correct)
+        ax.set_title(f"{name}: {int(correct.sum())} of {len(correct)} correct", fontsize=10)
     return fig

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_BANK_CELLS', 'K_NEAREST', 'KNN_TEMPERATURE', 'class_fractions', 'CachedFeatures', 'cache_features',
-           'flatten_cells', 'linear_head', 'knn_predict', 'confusion_matrix', 'LabeledSplits', 'open_labeled_splits',
-           'fit_predictors', 'score_predictor', 'segment_probe']
+           'flatten_cells', 'LinearHead', 'fit_linear_head', 'NeighborBank', 'sample_bank', 'confusion_matrix',
+           'LabeledSplits', 'open_labeled_splits', 'predictor_iou', 'segment_probe']
 
 # %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c002
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ..augment import normalize
@@ -28,54 +29,66 @@ from ..encoder import Encoder
 from .features import evenly_spaced, iter_features, resize_square
 
 # %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c007
-def class_fractions(mask: np.ndarray, classes: int, h: int, w: int) -> Tensor:
-    """Fraction of each cell's pixels that each class has: classes x h x w.
+def class_fractions(mask: np.ndarray, num_classes: int, h: int, w: int) -> Tensor:
+    """Fraction of each cell's pixels that have each class: num_classes x h x w float32.
+
+    The fractions of a cell sum to 1 minus its fraction of void pixels.
 
     Args:
         mask: H x W uint8, 255 void
-        classes: how many there are
-        h, w: the grid
+        num_classes: number of classes, void not counted
+        h: rows of the grid
+        w: columns of the grid
     """
     ids = torch.from_numpy(np.ascontiguousarray(mask)).long()
-    one_hot = F.one_hot(torch.where(ids == VOID, classes, ids), classes + 1).permute(2, 0, 1)[:-1]
+    ids = torch.where(ids == VOID, num_classes, ids)  # void as one more class
+    one_hot = F.one_hot(ids, num_classes + 1).permute(2, 0, 1)[:-1]  # num_classes x H x W
     return F.adaptive_avg_pool2d(one_hot[None].float(), (h, w))[0]
 
 # %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c010
 class CachedFeatures(NamedTuple):
-    """What a network says of N images, and what is true of them."""
+    """Features of N images with their masks, in memory.
 
-    grids: dict  # backbone, dense -> N x C x h x w, float16
-    masks: list  # N, each H x W uint8
+    Attributes:
+        grids: backbone and, with a dense head, dense: N x C x h x w float16
+        masks: N masks, H x W uint8, at half resolution
+    """
+
+    grids: dict[str, Tensor]
+    masks: list[np.ndarray]
 
 
 def cache_features(
-    encoder: Encoder, labelled: SegmentationDataset, size: int = 224, limit: int = 0
+    encoder: Encoder, dataset: SegmentationDataset, size: int = 224, limit: int = 0
 ) -> CachedFeatures:
-    """Features of all images of a dataset, kept in memory.
+    """Compute the features of a dataset's images once.
 
     Args:
-        encoder: `Encoder`
-        labelled: `SegmentationDataset`
+        encoder: the network
+        dataset: images with masks
         size: side of an image in pixels
-        limit: at most N images, an even choice; 0: all
+        limit: number of images, evenly spaced; 0: all
     """
-    kept, got = [], {"backbone": [], "dense": []}
+    masks, features, dense = [], [], []
 
-    def images():
-        for i in evenly_spaced(len(labelled), limit):
-            image, mask = labelled.load(i)
-            kept.append(mask[::2, ::2])
+    def read_images():
+        for index in evenly_spaced(len(dataset), limit):
+            image, mask = dataset.load(index)
+            masks.append(mask[::2, ::2])
             yield normalize(resize_square(image, size))
 
-    for e in iter_features(encoder, images()):
-        got["backbone"].append(e.features.half())
-        if e.dense is not None:
-            got["dense"].append(e.dense.half())
-    return CachedFeatures({k: torch.cat(v) for k, v in got.items() if v}, kept)
+    for output in iter_features(encoder, read_images()):
+        features.append(output.features.half())
+        if output.dense is not None:
+            dense.append(output.dense.half())
+    grids = {"backbone": torch.cat(features)}
+    if dense:
+        grids["dense"] = torch.cat(dense)
+    return CachedFeatures(grids, masks)
 
 # %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c013
 def flatten_cells(grid: Tensor) -> Tensor:
-    """Features of all cells: (N h w) x C, float32.
+    """The vectors of all cells: (N h w) x C, float32.
 
     Args:
         grid: N x C x h x w
@@ -83,173 +96,194 @@ def flatten_cells(grid: Tensor) -> Tensor:
     return grid.permute(0, 2, 3, 1).flatten(0, 2).float()
 
 
-def linear_head(
-    x: Tensor,
-    y: Tensor,
-    group: int = 1,
-    seed: int = 0,
-    steps: int = 500,
-    lr: float = 1e-2,
-    batch: int = 2048,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fit a linear layer to class fractions by cross-entropy: (weight, bias, mean, std).
+class LinearHead(NamedTuple):
+    """A linear layer on standardized features; calling it maps M x C to M x classes scores.
 
-    Args:
-        x: M x C, vectors of cells
-        y: M x classes, their shares
-        group: cells an image
-        seed: of the choice of images, of the start, of the cells that a step sees
-        steps: of fitting
-        lr: Adam's, at the start of a cosine
-        batch: cells a step, drawn at random
+    Attributes:
+        weight: classes x C
+        bias: classes
+        mean: C, mean of the training cells
+        std: C, their standard deviation
     """
-    g, mean, std = torch.Generator().manual_seed(seed), x.mean(0), x.std(0).clamp(min=1e-6)
-    weight = (torch.randn(y.shape[1], x.shape[1], generator=g) * 0.01).requires_grad_()
-    bias = torch.zeros(y.shape[1], requires_grad=True)
-    adam = torch.optim.Adam([weight, bias], lr)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-    draw = lambda n: torch.randint(n, (min(batch, len(x)),), generator=g)
-    drawn = torch.randint(
-        len(x) // group, (len(x) // group,), generator=g
-    )  # this trial's images, with replacement
-    for _ in range(steps):
-        pick = drawn[draw(len(drawn))] * group + draw(group)
-        log_p = F.log_softmax(((x[pick] - mean) / std) @ weight.T + bias, 1)
-        loss = -(y[pick] * log_p).sum() / y[pick].sum().clamp(min=1)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        cosine.step()
-    return weight.detach(), bias.detach(), mean, std
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) / self.std) @ self.weight.T + self.bias
 
 # %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c015
-MAX_BANK_CELLS, K_NEAREST, KNN_TEMPERATURE = (
-    20_000,
-    20,
-    0.07,
-)  # cells that are known; that vote; a vote's weight is exp(cosine/SHARP)
-
-
-def knn_predict(x: Tensor, bank: Tensor, known: Tensor) -> Tensor:
-    """Class scores by the nearest known cells: M x classes.
+def fit_linear_head(
+    x: Tensor,
+    y: Tensor,
+    cells_per_image: int = 1,
+    seed: int = 0,
+    steps: int = 500,
+    lr: float = 0.01,
+    batch_size: int = 2048,
+) -> LinearHead:
+    """Fit a linear layer to class fractions by cross-entropy, with Adam and a cosine schedule.
 
     Args:
-        x: M x C, the cells in question
-        bank: B x C unit vectors, the known cells
-        known: B x classes, their shares
+        x: M x C, features of cells, image by image
+        y: M x classes, their class fractions
+        cells_per_image: number of consecutive rows of `x` that belong to one image
+        seed: of the sampled images, the initialization and the batches
+        steps: of the optimizer
+        lr: initial learning rate
+        batch_size: cells per step, at random
     """
-    near, at = (F.normalize(x, dim=1) @ bank.T).topk(min(K_NEAREST, len(bank)), 1)  # M x k
-    return (((near - near[:, :1]) / KNN_TEMPERATURE).exp()[..., None] * known[at]).sum(1)
+    generator = torch.Generator().manual_seed(seed)
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    weight = torch.randn(y.shape[1], x.shape[1], generator=generator) * 0.01
+    bias = torch.zeros(y.shape[1])
+    head = LinearHead(weight.requires_grad_(), bias.requires_grad_(), mean, std)
+    optimizer = torch.optim.Adam([head.weight, head.bias], lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    n, shape = len(x) // cells_per_image, (min(batch_size, len(x)),)
+    images = torch.randint(n, (n,), generator=generator)  # with replacement
+    for _ in range(steps):
+        image = images[torch.randint(n, shape, generator=generator)]
+        index = image * cells_per_image
+        index = index + torch.randint(cells_per_image, shape, generator=generator)
+        log_p = F.log_softmax(head(x[index]), 1)
+        loss = -(y[index] * log_p).sum() / y[index].sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return LinearHead(weight.detach(), bias.detach(), mean, std)
 
-# %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c019
-def confusion_matrix(scores: Tensor, mask: np.ndarray) -> Tensor:
-    """Number of pixels by true class x predicted class, classes x classes.
+# %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c017
+MAX_BANK_CELLS = 20_000  # known cells
+K_NEAREST = 20  # cells that vote
+KNN_TEMPERATURE = 0.07  # a vote has the weight exp(cosine / temperature)
+
+
+class NeighborBank(NamedTuple):
+    """Cells of known class; calling it maps M x C features to M x classes scores.
+
+    Attributes:
+        features: B x C unit vectors
+        fractions: B x classes, class fractions
+    """
+
+    features: Tensor
+    fractions: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        k = min(K_NEAREST, len(self.features))
+        cosine, index = (F.normalize(x, dim=1) @ self.features.T).topk(k, 1)  # M x k
+        weight = ((cosine - cosine[:, :1]) / KNN_TEMPERATURE).exp()
+        return (weight[..., None] * self.fractions[index]).sum(1)
+
+
+def sample_bank(x: Tensor, y: Tensor, seed: int = 0) -> NeighborBank:
+    """A random choice of at most `MAX_BANK_CELLS` cells of which less than half is void.
 
     Args:
-        scores: classes x h x w
+        x: M x C, features of cells
+        y: M x classes, their class fractions
+        seed: of the choice
+    """
+    known = (y.sum(1) > 0.5).nonzero()[:, 0]
+    order = np.random.default_rng(seed).permutation(len(known))
+    chosen = known[order[:MAX_BANK_CELLS]]
+    return NeighborBank(F.normalize(x[chosen], dim=1), y[chosen])
+
+# %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c021
+def confusion_matrix(scores: Tensor, mask: np.ndarray) -> Tensor:
+    """Number of pixels by true class and predicted class: classes x classes int64.
+
+    Args:
+        scores: classes x h x w, upsampled to the size of the mask
         mask: H x W uint8, 255 void
     """
-    n, mask = len(scores), torch.from_numpy(np.ascontiguousarray(mask)).long()
-    answer = F.interpolate(scores[None].float(), mask.shape, mode="bilinear", align_corners=False)[
-        0
-    ].argmax(0)
-    return torch.bincount(n * mask[mask != VOID] + answer[mask != VOID], minlength=n * n).view(n, n)
+    n, truth = len(scores), torch.from_numpy(np.ascontiguousarray(mask)).long()
+    size = truth.shape
+    scores = F.interpolate(scores[None].float(), size, mode="bilinear", align_corners=False)[0]
+    predicted, valid = scores.argmax(0), truth != VOID
+    pairs = n * truth[valid] + predicted[valid]
+    return torch.bincount(pairs, minlength=n * n).view(n, n)
 
-# %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c022
+# %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c024
 class LabeledSplits(NamedTuple):
-    """Two splits of a set with masks, and how to look at them."""
+    """Two splits of a data set with masks.
+
+    Attributes:
+        train: images to fit on
+        val: images to evaluate
+        size: side of an image in pixels
+        limit: images of each split, evenly spaced; 0: all
+    """
 
     train: SegmentationDataset
     val: SegmentationDataset
-    size: int  # side of an image in pixels
-    limit: int  # at most N images of each; 0: all
+    size: int
+    limit: int
 
 
 def open_labeled_splits(root: Path | str, size: int = 224, limit: int = 2000) -> LabeledSplits:
     """Open both splits; raises `UsageError` when images or masks are missing.
 
     Args:
-        root: a VOC-, COCO- or Cityscapes-style tree
+        root: a VOC-, COCO- or Cityscapes-style folder
         size: side of an image in pixels
-        limit: at most N images of each split, an even choice; 0: all
+        limit: images of each split, evenly spaced; 0: all
     """
-    return LabeledSplits(
-        open_segmentation(root, "train"), open_segmentation(root, "val"), size, limit
-    )
+    train, val = open_segmentation(root, "train"), open_segmentation(root, "val")
+    return LabeledSplits(train, val, size, limit)
 
-# %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c023
-def fit_predictors(
-    x: Tensor, y: Tensor, group: int, trials: int, seed: int
-) -> dict[str, list[Callable]]:
-    """Functions from cells to class scores: several for linear, one for knn.
+# %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c025
+def predictor_iou(
+    predictor: Callable[[Tensor], Tensor], grids: Tensor, masks: list[np.ndarray]
+) -> float:
+    """Mean IoU of a predictor over all images together.
 
     Args:
-        x, y: cells of the training images and their shares
-        group: cells an image
-        trials: how often to fit the linear layer
-        seed: of the first
+        predictor: maps features of cells, M x C, to class scores, M x classes
+        grids: N x C x h x w
+        masks: N masks, H x W uint8
     """
-    pick = np.random.default_rng(seed).permutation(
-        int((known := (y.sum(1) > 0.5).nonzero()[:, 0]).numel())
-    )[:MAX_BANK_CELLS]
-    bank, votes = F.normalize(x[known[pick]], dim=1), y[known[pick]]
+    h, w = grids.shape[2:]
+    total = 0
+    for grid, mask in zip(grids, masks):
+        scores = predictor(flatten_cells(grid[None]))  # hw x classes
+        total = total + confusion_matrix(scores.T.reshape(-1, h, w), mask)
+    return mean_iou_from_confusion(total)
 
-    def linear(head):
-        return lambda c: ((c - head[2]) / head[3]) @ head[0].T + head[1]
-
-    return {
-        "linear": [linear(linear_head(x, y, group, seed + t)) for t in range(trials)],
-        "knn": [lambda c: knn_predict(c, bank, votes)],
-    }
-
-
-def score_predictor(reader: Callable, grid: Tensor, masks: list) -> float:
-    """Mean IoU of a predictor over the images.
-
-    Args:
-        reader: cells -> scores, M x C -> M x classes
-        grid: N x C x h x w
-        masks: N
-    """
-    h, w = grid.shape[2:]
-    return mean_iou_from_confusion(
-        sum(
-            confusion_matrix(reader(flatten_cells(g[None])).T.reshape(-1, h, w), m)
-            for g, m in zip(grid, masks)
-        )
-    )
-
-# %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c024
+# %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c027
 def segment_probe(
-    encoder: Encoder, labelled: LabeledSplits, trials: int = 3, seed: int = 0
+    encoder: Encoder, data: LabeledSplits, trials: int = 3, seed: int = 0
 ) -> dict[str, dict]:
-    """Mean IoU by a linear layer and by neighbors: backbone, dense, position, frequent.
+    """Mean IoU of a network by linear layers and by nearest neighbors, and of baselines.
 
     Args:
-        encoder: `Encoder`
-        labelled: `LabeledSplits`
-        trials: how often the linear layer is fitted
-        seed: of the first
+        encoder: the network
+        data: from `open_labeled_splits`
+        trials: number of linear layers that are fitted
+        seed: of the first trial and of the neighbors
+
+    Returns:
+        a dict for backbone and dense (with a dense head): linear, the mean over the trials; spread,
+        their standard deviation; knn. And for position and frequent: linear
     """
-    seen, held = (cache_features(encoder, m, labelled.size, labelled.limit) for m in labelled[:2])
-    h, w, n = *seen.grids["backbone"].shape[2:], labelled.train.num_classes
-    maps = torch.stack([class_fractions(m, n, h, w) for m in seen.masks])  # N x classes x h x w
-    y, out = flatten_cells(maps), {}
-    for k, grid in seen.grids.items():
-        by = {
-            name: [score_predictor(r, held.grids[k], held.masks) for r in found]
-            for name, found in fit_predictors(flatten_cells(grid), y, h * w, trials, seed).items()
-        }
-        out[k] = {
-            "linear": float(np.mean(by["linear"])),
-            "spread": float(np.std(by["linear"])),
-            "knn": by["knn"][0],
-        }
-    for k, guess in {
-        "position": maps.mean(0),
-        "frequent": maps.mean((0, 2, 3))[:, None, None].expand(-1, h, w),
-    }.items():
-        out[k] = {
-            "linear": mean_iou_from_confusion(sum(confusion_matrix(guess, m) for m in held.masks))
-        }
-    return out
+    train, val = (cache_features(encoder, s, data.size, data.limit) for s in (data.train, data.val))
+    h, w = train.grids["backbone"].shape[2:]
+    num_classes = data.train.num_classes
+    fractions = torch.stack([class_fractions(mask, num_classes, h, w) for mask in train.masks])
+    y, rows = flatten_cells(fractions), {}
+    for part, grid in train.grids.items():
+        x, val_grid = flatten_cells(grid), val.grids[part]
+        heads = [fit_linear_head(x, y, h * w, seed + trial) for trial in range(trials)]
+        linear = [predictor_iou(head, val_grid, val.masks) for head in heads]
+        knn = predictor_iou(sample_bank(x, y, seed), val_grid, val.masks)
+        mean, spread = float(np.mean(linear)), float(np.std(linear))
+        rows[part] = {"linear": mean, "spread": spread, "knn": knn}
+    frequent = fractions.mean((0, 2, 3))[:, None, None].expand(-1, h, w)
+    for name, scores in {"position": fractions.mean(0), "frequent": frequent}.items():
+        total = sum(confusion_matrix(scores, mask) for mask in val.masks)
+        rows[name] = {"linear": mean_iou_from_confusion(total)}
+    return rows

@@ -23,10 +23,7 @@ from densecl.evaluate.classification import (
     open_single_label,
     svm_probe,
 )
-from densecl.evaluate.correspondence import (
-    match_probe,
-    probe_views,
-)
+from .correspondence import match_probe, probe_views
 from .feature_metrics import feature_probe
 from .features import open_images
 from .keypoints import keypoint_probe, open_keypoints, sample_pairs
@@ -56,7 +53,7 @@ class ProbeOptions:
     epochs: int = 100
     """epochs of the linear layer"""
 
-
+# %% ../../nbs/evaluate/07_probes.ipynb #c006
 @dataclass(frozen=True)
 class Probe:
     """An evaluation of frozen features.
@@ -75,7 +72,7 @@ class Probe:
     image_size: int = 224
     needs_root: bool = True
 
-# %% ../../nbs/evaluate/07_probes.ipynb #c007
+# %% ../../nbs/evaluate/07_probes.ipynb #c008
 def open_views(options: ProbeOptions) -> dict:
     """Pairs of views of a folder's images, or of the embedded photograph."""
     source = open_images(options.data_root)
@@ -91,7 +88,7 @@ def run_rank(encoder: Encoder, views: dict, options: ProbeOptions) -> dict[str, 
     """Feature metrics without labels."""
     return feature_probe(encoder, views)
 
-
+# %% ../../nbs/evaluate/07_probes.ipynb #c010
 def open_pair(options: ProbeOptions) -> StereoPair:
     """A stereo pair."""
     return open_stereo_pair(options.data_root)
@@ -112,7 +109,7 @@ def run_keypoints(encoder: Encoder, data: tuple, options: ProbeOptions) -> dict[
     """PCK of keypoints transferred between two images."""
     return keypoint_probe(encoder, *data)
 
-# %% ../../nbs/evaluate/07_probes.ipynb #c008
+# %% ../../nbs/evaluate/07_probes.ipynb #c012
 def open_masks(options: ProbeOptions) -> LabeledSplits:
     """Images with masks in two splits."""
     limit = options.limit or 2000
@@ -123,7 +120,7 @@ def run_segment(encoder: Encoder, data: LabeledSplits, options: ProbeOptions) ->
     """Mean IoU of a linear layer and of nearest neighbors."""
     return segment_probe(encoder, data, options.trials, options.seed)
 
-
+# %% ../../nbs/evaluate/07_probes.ipynb #c014
 def open_classes(options: ProbeOptions) -> SingleLabelDataset:
     """Images with one class each."""
     return open_single_label(options.data_root, options.limit)
@@ -151,7 +148,7 @@ def run_svm(encoder: Encoder, data: MultiLabelDataset, options: ProbeOptions) ->
     """Mean average precision of linear SVMs."""
     return svm_probe(encoder, data, options.image_size, options.seed)
 
-# %% ../../nbs/evaluate/07_probes.ipynb #c009
+# %% ../../nbs/evaluate/07_probes.ipynb #c016
 PROBES = {
     "match": Probe(
         "fraction of positions that find their own point in another view; any folder; without "
@@ -197,7 +194,7 @@ PROBES = {
     "svm": Probe("mAP of one linear SVM per class; VOC", open_multi_classes, run_svm),
 }
 
-
+# %% ../../nbs/evaluate/07_probes.ipynb #c017
 def probe_options(probe: str, **given: Any) -> ProbeOptions:
     """Options of a probe; raises `UsageError` when a data root is missing.
 
@@ -212,7 +209,7 @@ def probe_options(probe: str, **given: Any) -> ProbeOptions:
         raise UsageError(f"--data-root is empty; {probe} needs one: {needed}")
     return options
 
-# %% ../../nbs/evaluate/07_probes.ipynb #c013
+# %% ../../nbs/evaluate/07_probes.ipynb #c021
 NETWORK_PARTS = ("backbone", "global", "dense")  # of a network; every other row is a baseline
 
 
@@ -237,8 +234,8 @@ def compare_networks(
                 baselines[f"{part} ({name})"] = numbers
     return rows | baselines
 
-# %% ../../nbs/evaluate/07_probes.ipynb #c016
-# probes of views and whole images: at the size of the training views
+# %% ../../nbs/evaluate/07_probes.ipynb #c024
+# probes that use the size of the training views, not `Probe.image_size`
 TRAINED_SIZE = ("match", "rank", "knn", "linear", "svm")
 
 

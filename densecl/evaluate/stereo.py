@@ -27,135 +27,154 @@ from ..runtime.io import UsageError
 
 # %% ../../nbs/evaluate/04_stereo.ipynb #c005
 class StereoPair(NamedTuple):
-    """Two photographs of one scene and how many columns each pixel of the left one lies further
-    left in the right one."""
+    """Two photographs of one scene with the disparity between them.
+
+    Attributes:
+        left: Pillow image
+        right: Pillow image of the same size
+        disparity: H x W float, columns by which a pixel of `left` is further left in `right`; not
+            finite where unknown
+    """
 
     left: Image.Image
     right: Image.Image
-    disparity: np.ndarray  # H x W float, not finite where unknown
+    disparity: np.ndarray
 
-
+# %% ../../nbs/evaluate/04_stereo.ipynb #c007
 def open_stereo_pair(root: Path | str = "") -> StereoPair:
-    """Open a stereo pair; raises `UsageError`.
+    """Open a stereo pair; raises `UsageError` when it is incomplete.
 
     Args:
         root: a folder with left.*, right.* and disparity.npy; empty: scikit-image's motorcycle
     """
     if not root:
-        from skimage.data import stereo_motorcycle  # in the wheel: no download
+        from skimage.data import stereo_motorcycle  # part of the package, no download
 
         left, right, disparity = stereo_motorcycle()
         return StereoPair(Image.fromarray(left), Image.fromarray(right), disparity)
-    root, found = Path(root), {}
-    for name in ("left", "right"):
-        path = next(
-            (p for e in (".png", ".jpg", ".jpeg") if (p := root / f"{name}{e}").is_file()), None
-        )
-        if path is None:
-            raise UsageError(
-                f"--data-root {root}: no {name}.png or {name}.jpg; a stereo pair is left, right "
-                "and disparity.npy"
-            )
-        found[name] = decode_image(path.read_bytes(), path)
+    left, right = (_read_side(Path(root), name) for name in ("left", "right"))
     try:
-        disparity = np.load(root / "disparity.npy", allow_pickle=False).astype(np.float32)
+        disparity = np.load(Path(root) / "disparity.npy", allow_pickle=False).astype(np.float32)
     except (OSError, ValueError):
         raise UsageError(
-            f"--data-root {root}: no disparity.npy with an array of numbers, one a pixel of the "
+            f"--data-root {root}: no disparity.npy with an array of numbers, one per pixel of the "
             "left image"
         ) from None
-    if disparity.shape != found["left"].size[::-1] or found["left"].size != found["right"].size:
+    if disparity.shape != left.size[::-1] or left.size != right.size:
         raise UsageError(f"--data-root {root}: left, right and disparity.npy must have one size")
-    return StereoPair(found["left"], found["right"], disparity)
+    return StereoPair(left, right, disparity)
 
-# %% ../../nbs/evaluate/04_stereo.ipynb #c008
+
+def _read_side(root: Path, name: str) -> Image.Image:
+    candidates = [root / f"{name}{suffix}" for suffix in (".png", ".jpg", ".jpeg")]
+    files = [path for path in candidates if path.is_file()]
+    if not files:
+        raise UsageError(
+            f"--data-root {root}: no {name}.png or {name}.jpg; a stereo pair is left, right and "
+            "disparity.npy"
+        )
+    return decode_image(files[0].read_bytes(), files[0])
+
+# %% ../../nbs/evaluate/04_stereo.ipynb #c010
 COLOR_CHANGE = (("brightness", 0.7), ("contrast", 1.3), ("saturation", 0.5), ("hue", 0.12))
 SCALE_CHANGE = 0.6
+# changes of the right image: name -> color jitter, scale; the names are stored with results
 CHANGES = {
     "plain": ((), 1.0),
-    "color": (COLOR_CHANGE, 1.0),
+    "colour": (COLOR_CHANGE, 1.0),
     "scale": ((), SCALE_CHANGE),
     "both": (COLOR_CHANGE, SCALE_CHANGE),
-}  # of the right image
+}
 
 
 def resize_to_multiple(
-    image: Image.Image, short: float, jitter: Sequence[tuple] = ()
+    image: Image.Image, short_side: float, jitter: Sequence[tuple[str, float]] = ()
 ) -> Image.Image:
-    """The image with both sides multiples of 32 and changed colors.
+    """The image resized so that both sides are multiples of 32 pixels, with changed colors.
 
     Args:
-        image: Pillow image
-        short: length of the short side in pixels, rounded to a multiple of 32
-        jitter: as in `View`
+        image: Pillow image; its aspect ratio is kept up to rounding
+        short_side: pixels, rounded to a multiple of 32, at least 64
+        jitter: (operation, factor) in the order of application, as in `ViewParams`
     """
-    scale = short / min(image.size)
-    image = image.resize(
-        [max(64, round(side * scale / 32) * 32) for side in image.size], Image.BILINEAR
-    )
+    scale = short_side / min(image.size)
+    size = [max(64, round(side * scale / 32) * 32) for side in image.size]
+    image = image.resize(size, Image.BILINEAR)
     for name, factor in jitter:
         image = getattr(TF, f"adjust_{name}")(image, factor)
     return image
 
-# %% ../../nbs/evaluate/04_stereo.ipynb #c011
+# %% ../../nbs/evaluate/04_stereo.ipynb #c013
 def ground_truth_points(pair: StereoPair, h: int, w: int) -> tuple[Tensor, Tensor]:
-    """(points in the left image, the same points in the right one), M x 2 in the unit square.
+    """Centers of the left grid's cells and the same points in the right image, where known.
 
     Args:
-        pair: `StereoPair`
-        h, w: the left grid
-    """
-    at, (H, W) = cell_centers(h, w), pair.disparity.shape
-    col, row = (at[:, 0] * W).long(), (at[:, 1] * H).long()
-    moved = torch.from_numpy(pair.disparity.astype(np.float32))[row, col]
-    there = at - torch.stack([moved, torch.zeros_like(moved)], 1) / W
-    seen = moved.isfinite() & (there[:, 0] > 0)
-    return at[seen], there[seen]
-
-
-def point_errors(found: Tensor, there: Tensor, pair: StereoPair, w: int) -> dict[str, float]:
-    """A dict: near, the fraction within one cell; px, the median error in pixels.
-
-    Args:
-        found, there: M x 2 each in the unit square of the right image
-        pair: `StereoPair`
+        pair: the stereo pair
+        h: rows of the left grid
         w: columns of the left grid
+
+    Returns:
+        M x 2 each, (x, y) in the unit square of the left and of the right image, M <= hw
+    """
+    points = cell_centers(h, w)  # hw x 2
+    height, width = pair.disparity.shape
+    column, row = (points[:, 0] * width).long(), (points[:, 1] * height).long()
+    disparity = torch.from_numpy(pair.disparity.astype(np.float32))[row, column]
+    truth = points - torch.stack([disparity, torch.zeros_like(disparity)], 1) / width
+    visible = disparity.isfinite() & (truth[:, 0] > 0)
+    return points[visible], truth[visible]
+
+
+def point_errors(
+    predicted: Tensor, truth: Tensor, pair: StereoPair, columns: int
+) -> dict[str, float]:
+    """Errors of predicted points.
+
+    Args:
+        predicted: M x 2, (x, y) in the unit square of the right image
+        truth: M x 2
+        pair: the stereo pair
+        columns: w, the number of columns of the left grid
+
+    Returns:
+        near: fraction of the errors of at most one cell of the left grid; px: median error in
+        pixels of the photograph
     """
     size = torch.tensor(pair.left.size, dtype=torch.float32)
-    off = ((found - there) * size).norm(dim=1)
-    return {"near": float((off <= size[0] / w).float().mean()), "px": float(off.median())}
+    error = ((predicted - truth) * size).norm(dim=1)
+    near = error <= size[0] / columns
+    return {"near": float(near.float().mean()), "px": float(error.median())}
 
-# %% ../../nbs/evaluate/04_stereo.ipynb #c014
+# %% ../../nbs/evaluate/04_stereo.ipynb #c017
 def stereo_probe(encoder: Encoder, pair: StereoPair, size: int = 320) -> dict[str, dict]:
-    """near and px for each change: a dict each for backbone, dense, same_place and chance.
+    """Errors of a network and of baselines between the left image and each variant of the right.
 
     Args:
-        encoder: `Encoder`
-        pair: `StereoPair`
+        encoder: the network
+        pair: the stereo pair
         size: short side of the left image in pixels
+
+    Returns:
+        a dict for backbone, dense (with a dense head), same_place and chance; its keys are the
+        names in `CHANGES` (fractions within one cell), and the same with _px (median errors)
     """
-    f, r = encode_images(encoder, normalize(resize_to_multiple(pair.left, size))[None])
-    h, w = f.shape[2:]
-    at, there = ground_truth_points(pair, h, w)
-    out = {
-        k: {} for k in ("backbone", *(["dense"] if r is not None else []), "same_place", "chance")
-    }
-    anywhere = cell_centers(16, 16)
-    chance = [point_errors(p.expand_as(there), there, pair, w) for p in anywhere]
+    features, dense = encode_images(encoder, [normalize(resize_to_multiple(pair.left, size))])
+    h, w = features.shape[2:]
+    points, truth = ground_truth_points(pair, h, w)
+    guesses = [point_errors(point, truth, pair, w) for point in cell_centers(16, 16)]
+    chance = {key: float(np.mean([guess[key] for guess in guesses])) for key in ("near", "px")}
+    rows = {"backbone": {}, "dense": {}, "same_place": {}, "chance": {}}
+    if dense is None:
+        del rows["dense"]
     for name, (jitter, scale) in CHANGES.items():
-        g, s = encode_images(
-            encoder, normalize(resize_to_multiple(pair.right, size * scale, jitter))[None]
-        )
-        got = {"backbone": predict_points(f[0], at, g[0]), "same_place": at} | (
-            {} if r is None else {"dense": predict_points(r[0], at, s[0])}
-        )
-        for k, found in got.items():
-            out[k] |= {
-                f"{name}": (e := point_errors(found, there, pair, w))["near"],
-                f"{name}_px": e["px"],
-            }
-        out["chance"] |= {
-            f"{name}": float(np.mean([c["near"] for c in chance])),
-            f"{name}_px": float(np.mean([c["px"] for c in chance])),
-        }
-    return out
+        right = resize_to_multiple(pair.right, size * scale, jitter)
+        right_features, right_dense = encode_images(encoder, [normalize(right)])
+        predicted = {"backbone": predict_points(features[0], points, right_features[0])}
+        if dense is not None:
+            predicted["dense"] = predict_points(dense[0], points, right_dense[0])
+        predicted["same_place"] = points
+        errors = {part: point_errors(found, truth, pair, w) for part, found in predicted.items()}
+        for part, error in (errors | {"chance": chance}).items():
+            rows[part][name] = error["near"]
+            rows[part][f"{name}_px"] = error["px"]
+    return rows

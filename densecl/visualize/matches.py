@@ -7,29 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..runtime.io import UsageError
 from . import plotting
+from .interactive import HoverMap
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import numpy as np
+    from matplotlib.figure import Figure, SubFigure
     from PIL import Image
     from torch import Tensor
 
     from densecl.encoder import Encoder
-    from densecl.visualize.interactive import HoverMap
 
 # %% auto #0
-__all__ = ['POINT_COLORS', 'load_image', 'feature_grids', 'sample_mutual_matches', 'show_matches', 'hover_matches']
+__all__ = ['POINT_COLORS', 'load_image', 'feature_grids', 'sample_mutual_matches', 'show_matches', 'hover_map']
 
 # %% ../../nbs/visualize/02_matches.ipynb #c005
-def load_image(path: Path | str, short: int) -> Image.Image:
-    """Read an image in RGB with both sides multiples of 32; raises `UsageError`.
+def load_image(path: Path | str, short_side: int) -> Image.Image:
+    """Read an image in RGB and resize it so that both sides are multiples of 32 pixels.
 
     Args:
-        path: of an image file
-        short: length of the short side in pixels, rounded to a multiple of 32
+        path: image file
+        short_side: length of the short side in pixels, rounded to a multiple of 32
+
+    Raises:
+        UsageError: the file cannot be read or is no intact image
     """
     from densecl.data.decode import CorruptImageError, decode_image
 
@@ -39,20 +43,28 @@ def load_image(path: Path | str, short: int) -> Image.Image:
         raise UsageError(f"--images {path}: {e.strerror or e}; give two image files") from None
     except CorruptImageError as e:
         raise UsageError(f"--images {e}; give two image files") from None
-    scale = short / min(image.size)
+    scale = short_side / min(image.size)
     sides = [max(32, round(side * scale / 32) * 32) for side in image.size]
     return image.resize(sides, 2)  # 2: bilinear, antialiased
 
 # %% ../../nbs/visualize/02_matches.ipynb #c008
 def feature_grids(
-    encoder: Encoder, images: Sequence[Image.Image], features: str = "backbone"
+    encoder: Encoder,
+    images: Sequence[Image.Image],
+    features: Literal["backbone", "dense"] = "backbone",
 ) -> list[Tensor]:
-    """Unit feature vectors of images: a list of 1 x C x h x w; raises `UsageError`.
+    """Compute a grid of unit feature vectors for each image, without gradient.
 
     Args:
-        encoder: `Encoder`, in eval mode
-        images: Pillow images, each with its own size
-        features: or "dense"
+        encoder: encoder in eval mode
+        images: images in RGB, each with its own size
+        features: "backbone" features, or projections of the "dense" head
+
+    Returns:
+        One tensor 1 x C x h x w per image.
+
+    Raises:
+        UsageError: `features` is "dense" and the encoder has no dense head
     """
     import torch
 
@@ -65,88 +77,133 @@ def feature_grids(
             "use --features backbone"
         )
     with torch.no_grad():
-        out = [encoder(normalize(im)[None]) for im in images]
-    return [e.dense if features == "dense" else l2_normalize(e.features) for e in out]
+        outputs = [encoder(normalize(image)[None]) for image in images]
+    if features == "dense":
+        return [output.dense for output in outputs]
+    return [l2_normalize(output.features) for output in outputs]
 
 # %% ../../nbs/visualize/02_matches.ipynb #c011
 def sample_mutual_matches(f_a: Tensor, f_b: Tensor, n: int = 40) -> tuple[Tensor, Tensor]:
-    """Evenly spaced mutual nearest neighbors: (positions in a, positions in b), row-major.
+    """Return mutual nearest neighbors of two grids, sampled evenly in row-major order.
 
     Args:
-        f_a, f_b: 1 x C x h x w each
-        n: at most this many
+        f_a: 1 x C x h x w
+        f_b: 1 x C x h' x w'
+        n: largest number of matches M
+
+    Returns:
+        M row-major indices into the grid of `f_a`, and M of their matches in that of `f_b`.
     """
     import torch
 
     from densecl.correspondence import mutual_nearest_neighbors, similarity
 
     sim = similarity(f_a, f_b)  # 1 x hw x h'w'
-    both = mutual_nearest_neighbors(sim)[0].nonzero()[:, 0]
-    both = both[torch.linspace(0, len(both) - 1, min(n, len(both))).long()]
-    return both, sim[0].argmax(1)[both]
+    mutual = mutual_nearest_neighbors(sim)[0].nonzero()[:, 0]
+    sampled = mutual[torch.linspace(0, len(mutual) - 1, min(n, len(mutual))).long()]
+    return sampled, sim[0].argmax(1)[sampled]
 
 # %% ../../nbs/visualize/02_matches.ipynb #c014
-POINT_COLORS = ("#ff7f0e", "#1f77b4", "#9467bd")  # of the points
+POINT_COLORS = ("#ff7f0e", "#1f77b4", "#9467bd")  # orange, blue, purple
 
 
+def _draw_point_maps(
+    figure: SubFigure,
+    a: np.ndarray,
+    b: np.ndarray,
+    maps: np.ndarray,
+    points: Sequence[tuple[float, float]],
+) -> None:
+    """Draw `a` with its query points, then the similarity map of each point over `b`.
+
+    `maps` is h x w x h' x w', the similarities of all cells of `a` with all cells of `b`.
+    """
+    h, w = maps.shape[:2]
+    first, *others = figure.subplots(1, len(points) + 1)
+    first.imshow(a)
+    first.set_axis_off()
+    pixels = plotting.to_pixel_coordinates(points, a)
+    for i, (ax, (x, y)) in enumerate(zip(others, points)):
+        color = POINT_COLORS[i % len(POINT_COLORS)]
+        first.plot(*pixels[i], "o", mfc=color, mec="white", ms=9)
+        plotting.draw_similarity(ax, b, maps[int(y * h), int(x * w)])
+        ax.set_title(f"point {i + 1}", color=color, fontsize=10)
+
+# %% ../../nbs/visualize/02_matches.ipynb #c016
 def show_matches(
     encoder: Encoder,
     a: Image.Image,
     b: Image.Image,
-    features: str = "backbone",
+    features: Literal["backbone", "dense"] = "backbone",
     n: int = 40,
     points: Sequence[tuple[float, float]] = ((0.5, 0.5), (0.3, 0.4), (0.7, 0.6)),
 ) -> Figure:
-    """Draw the matches of two images, and similarity maps of single points.
+    """Draw the matches of two images and the similarity maps of some points.
+
+    The upper row shows both images, with lines between mutual nearest neighbors. The lower row
+    shows the points in the first image and the similarity of each point with all positions of
+    the second image; a ring marks the most similar position.
 
     Args:
-        encoder: `Encoder`, in eval mode
-        a, b: two Pillow images
-        features: or "dense"
-        n: lines to draw
-        points: (x, y) in a's unit square: similarity maps of these
+        encoder: encoder in eval mode, such as `densecl.weights.load_feature_encoder` returns
+        a: first image in RGB, of any size
+        b: second image in RGB, of any size
+        features: features to compare: "backbone" features or projections of the "dense" head
+        n: largest number of matches to draw
+        points: (x, y) of each point in the unit square of `a`, from 0 to below 1
+
+    Returns:
+        A matplotlib figure, to be saved by its method `savefig` or shown by a notebook.
+
+    Raises:
+        UsageError: `features` is "dense" and the encoder has no dense head
+
+    Example:
+        >>> from densecl import show_matches
+        >>> from densecl.weights import load_feature_encoder
+        >>> show_matches(load_feature_encoder("coco-800ep"), image_a, image_b).savefig("out.png")
     """
     import numpy as np
 
     from densecl.correspondence import cell_centers, similarity
 
     f_a, f_b = feature_grids(encoder, [a, b], features)
-    (h, w), (h2, w2), (a, b) = f_a.shape[2:], f_b.shape[2:], (np.array(a), np.array(b))
-    flat_a, flat_b = (im.shape[0] / im.shape[1] for im in (a, b))  # height / width
-    tall = (
-        4.4 * max(flat_a, flat_b),
-        9 / (len(points) + 1) * flat_b + 0.3,
-    )  # of the two rows, in inches
-    fig = plotting.Figure(figsize=(9, sum(tall)), dpi=72, layout="constrained")
-    rows = fig.subfigures(2, 1, height_ratios=tall)
-    at_a, at_b = sample_mutual_matches(f_a, f_b, n)
-    plotting.draw_matches(
-        rows[0].subplots(), a, b, cell_centers(h, w)[at_a], cell_centers(h2, w2)[at_b]
-    )
-    axes = rows[1].subplots(1, len(points) + 1)
-    axes[0].imshow(a)
-    axes[0].set_axis_off()
-    maps = similarity(f_a, f_b)[0].view(h, w, h2, w2).numpy()
-    for i, (ax, (x, y)) in enumerate(zip(axes[1:], points)):
-        color = POINT_COLORS[i % len(POINT_COLORS)]
-        axes[0].plot(x * a.shape[1], y * a.shape[0], "o", mfc=color, mec="white", ms=9)
-        plotting.draw_similarity(ax, b, maps[int(y * h), int(x * w)])
-        ax.set_title(f"point {i + 1}", color=color, fontsize=10)
+    grid_a = f_a.shape[2:]
+    grid_b = f_b.shape[2:]
+    index_a, index_b = sample_mutual_matches(f_a, f_b, n)
+    maps = similarity(f_a, f_b)[0].view(*grid_a, *grid_b).numpy()
+    a = np.array(a)
+    b = np.array(b)
+    aspect_a, aspect_b = (image.shape[0] / image.shape[1] for image in (a, b))
+    heights = (4.4 * max(aspect_a, aspect_b), 9 / (len(points) + 1) * aspect_b + 0.3)  # inches
+    fig = plotting.Figure(figsize=(9, sum(heights)), dpi=72, layout="constrained")
+    upper, lower = fig.subfigures(2, 1, height_ratios=heights)
+    positions_a = cell_centers(*grid_a)[index_a]
+    positions_b = cell_centers(*grid_b)[index_b]
+    plotting.draw_matches(upper.subplots(), a, b, positions_a, positions_b)
+    _draw_point_maps(lower, a, b, maps, points)
     return fig
 
-# %% ../../nbs/visualize/02_matches.ipynb #c017
-def hover_matches(
-    encoder: Encoder, a: Image.Image, b: Image.Image, features: str = "backbone"
+# %% ../../nbs/visualize/02_matches.ipynb #c019
+def hover_map(
+    encoder: Encoder,
+    a: Image.Image,
+    b: Image.Image,
+    features: Literal["backbone", "dense"] = "backbone",
 ) -> HoverMap:
-    """Similarity maps of two images on which to point (shown as the last line of a cell).
+    """Return the interactive similarity maps of two images.
 
     Args:
-        encoder: `Encoder`, in eval mode
-        a, b: two Pillow images
-        features: or "dense"
+        encoder: encoder in eval mode
+        a: first image in RGB, of any size
+        b: second image in RGB, of any size
+        features: "backbone" features, or projections of the "dense" head
+
+    Raises:
+        UsageError: `features` is "dense" and the encoder has no dense head
     """
     from densecl.correspondence import similarity
-    from densecl.visualize.interactive import HoverMap
 
     f_a, f_b = feature_grids(encoder, [a, b], features)
-    return HoverMap(a, b, similarity(f_a, f_b)[0].view(*f_a.shape[2:], *f_b.shape[2:]).numpy())
+    sim = similarity(f_a, f_b)[0].view(*f_a.shape[2:], *f_b.shape[2:])
+    return HoverMap(a, b, sim.numpy())
