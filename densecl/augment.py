@@ -284,7 +284,7 @@ def seeded(*key: int) -> Iterator[None]:
     Args:
         *key: non-negative integers, all that the random numbers inside may depend on
     """
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
