@@ -12,29 +12,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from densecl.augment import AugmentConfig, TwoViews, denormalize
-from densecl.config import Config, validate_config
+from densecl.config import validate_config
 from densecl.data.dataset import open_source
 from densecl.data.fast_augment import FastViews
 from densecl.data.loader import KeyedDataset, build_loader, build_views, collate, init_worker
 from densecl.runtime.io import UsageError
 from densecl.trainer import train
+from tiny import TINY
 
-TINY = Config(
-    backbone="resnet18-layer2",
-    image_size=32,
-    batch_size=4,
-    queue_len=12,
-    hidden=16,
-    dim=8,
-    workers=0,
-    threads=1,
-    epochs=2,
-    log_every=1,
-    momentum=0.9,
-    lr=0.01,
-    augment="fast",
-    device="cpu",
-)
+TINY = replace(TINY, augment="fast", device="cpu")
 KEYS = ("im_q", "im_k", "affine_q", "affine_k", "index")
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import lmdb
@@ -26,6 +27,7 @@ from densecl.data.dataset import BatchSampler, open_source
 from densecl.data.lmdb import verify_lmdb
 from densecl.data.sources import PackedStrings, cache_path, folder_source, list_images
 from densecl.runtime.io import UsageError
+from tiny import TINY
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -275,21 +277,8 @@ def test_check_describes_the_real_datasets(root, words):
 def losses_of_a_run(root, out):
     from densecl.trainer import train
 
-    config = Config(
-        data_root=str(root),
-        backbone="resnet18-layer2",
-        image_size=32,
-        batch_size=4,
-        queue_len=12,
-        dim=8,
-        hidden=16,
-        workers=0,
-        threads=1,
-        epochs=1,
-        lr=0.01,
-        device="cpu",
-        log_every=1,
-        out=str(out),
+    config = replace(
+        TINY, data_root=str(root), epochs=1, momentum=Config.momentum, device="cpu", out=str(out)
     )
     train(config)
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -14,30 +14,16 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from densecl.config import PROBE_NAMES, Config
+from densecl.config import PROBE_NAMES
 from densecl.evaluate.__main__ import main
 from densecl.runtime.io import UsageError, run_command
 from densecl.trainer import train
+from tiny import TINY
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data/voc2012-mini/VOCdevkit"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-TINY = Config(
-    data_root="images",
-    backbone="resnet18-layer2",
-    image_size=32,
-    batch_size=4,
-    queue_len=12,
-    dim=8,
-    hidden=16,
-    workers=0,
-    threads=1,
-    epochs=2,
-    log_every=1,
-    momentum=0.9,
-    lr=0.01,
-    device="cpu",
-)
+TINY = replace(TINY, data_root="images", device="cpu")
 RANDOM = "--weights random --backbone resnet18-layer1"
 SMALL = f"{RANDOM} --image-size 32"
 COLORS = {"cat": (200, 40, 40), "dog": (40, 200, 40)}

@@ -12,25 +12,10 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from densecl.augment import AugmentConfig, TwoCropsTransform, TwoViews
-from densecl.config import Config
 from densecl.data.dataset import open_source
 from densecl.data.loader import KeyedDataset, build_loader
 from densecl.trainer import train
-
-TINY = Config(
-    backbone="resnet18-layer2",
-    image_size=32,
-    batch_size=4,
-    queue_len=12,
-    dim=8,
-    hidden=16,
-    workers=0,
-    threads=1,
-    epochs=2,
-    log_every=1,
-    momentum=0.9,
-    lr=0.01,
-)
+from tiny import TINY
 
 
 class OwnPairs(Dataset):
