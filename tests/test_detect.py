@@ -1,6 +1,8 @@
 """`densecl detect`: several processes, interrupted runs, wrong input, masks, real labels."""
 
+import itertools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -17,6 +19,7 @@ from densecl.data.labels import VOC_CLASSES, encode_mask
 from densecl.detect import boxes
 from densecl.detect.__main__ import main
 from densecl.detect.average_precision import Detections, coco_ap, voc_ap
+from densecl.detect.rcnn import faster_rcnn_c4, mask_rcnn_fpn
 from densecl.encoder import build_backbone
 from densecl.runtime.io import RunError, UsageError
 from densecl.transfer import trials
@@ -187,6 +190,45 @@ def test_masks_are_learned_and_scored_on_coco(coco, tmp_path, capfd):
     }
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def protocol_anchors(height, width, stride, sizes):
+    """detectron2's anchors of one map: cell (i, j) has its anchors around (stride j, stride i)."""
+    anchors = []
+    for y in range(0, height * stride, stride):
+        for x in range(0, width * stride, stride):
+            for size, ratio in itertools.product(sizes, (0.5, 1.0, 2.0)):
+                w = math.sqrt(size**2 / ratio)
+                h = ratio * w
+                anchors.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2))
+    return anchors
+
+
+@pytest.mark.parametrize("shape", [(203, 333), (75, 121), (64, 96), (33, 500)])
+@pytest.mark.parametrize(
+    "build, maps",
+    [
+        (faster_rcnn_c4, [(16, (32, 64, 128, 256, 512))]),
+        (mask_rcnn_fpn, [(4, (32,)), (8, (64,)), (16, (128,)), (32, (256,)), (64, (512,))]),
+    ],
+)
+def test_anchors_have_the_strides_of_the_protocol(build, maps, shape):
+    model = build(build_backbone("resnet18")[0], 2).eval()
+    images, _ = model.transform([torch.rand(3, *shape), torch.rand(3, 33, 40)])
+    with torch.no_grad():
+        features = model.backbone(images.tensors)
+    grids = [features] if len(maps) == 1 else list(features.values())
+    expected = []
+    for grid, (stride, sizes) in zip(grids, maps, strict=True):
+        expected += protocol_anchors(*grid.shape[2:], stride, sizes)
+    found = model.rpn.anchor_generator(images, grids)
+    assert len(found) == 2 and torch.equal(*found)
+    # sorted, since the order inside a cell may differ
+    found, expected = (
+        torch.tensor(sorted(anchors, key=lambda anchor: [round(x, 2) for x in anchor]))
+        for anchors in (found[0].tolist(), expected)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 def changed_copy(source, folder, path, old, new):

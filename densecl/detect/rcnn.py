@@ -81,7 +81,27 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 
 
 class UnroundedAnchorGenerator(AnchorGenerator):
-    """torchvision's anchor generator without the rounding to whole pixels."""
+    """torchvision's anchor generator with fixed strides and without rounding to whole pixels.
+
+    Args:
+        sizes: sizes of the anchors of each feature map, in pixels
+        aspect_ratios: height / width, of each feature map
+        strides: strides of the feature maps, in pixels; the anchors of the cell in row i and
+            column j are around (j * stride, i * stride)
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[tuple[float, ...]],
+        aspect_ratios: Sequence[tuple[float, ...]],
+        strides: Sequence[int],
+    ) -> None:
+        super().__init__(sizes, aspect_ratios)
+        self.strides = tuple(strides)
+
+    def grid_anchors(self, grid_sizes: list, strides: list) -> list[Tensor]:
+        """Anchors of all cells of each map; torchvision's `strides` are not used."""
+        return super().grid_anchors(grid_sizes, [(stride, stride) for stride in self.strides])
 
     def generate_anchors(
         self,
@@ -140,16 +160,21 @@ FPN_PROPOSALS = ProposalCounts(2_000, 1_000, 1_000, 1_000)
 
 
 def build_rpn(
-    in_channels: int, anchor_sizes: Sequence[tuple[float, ...]], counts: ProposalCounts
+    in_channels: int,
+    anchor_sizes: Sequence[tuple[float, ...]],
+    strides: Sequence[int],
+    counts: ProposalCounts,
 ) -> L1RegionProposalNetwork:
     """Build the region proposal network.
 
     Args:
         in_channels: channels of the feature maps
         anchor_sizes: sizes of the anchors of each feature map, in pixels
+        strides: strides of the feature maps, in pixels
         counts: numbers of proposals to keep
     """
-    anchors = UnroundedAnchorGenerator(anchor_sizes, (ASPECT_RATIOS,) * len(anchor_sizes))
+    ratios = (ASPECT_RATIOS,) * len(anchor_sizes)
+    anchors = UnroundedAnchorGenerator(anchor_sizes, ratios, strides)
     return L1RegionProposalNetwork(
         anchors,
         RPNHead(in_channels, anchors.num_anchors_per_location()[0]),
@@ -361,7 +386,8 @@ def faster_rcnn_c4(
         mean=nn.AdaptiveAvgPool2d(1),
         flat=nn.Flatten(),
     )
-    rpn = build_rpn(channels, (tuple(size * anchor_scale for size in ANCHOR_SIZES),), counts)
+    sizes = tuple(size * anchor_scale for size in ANCHOR_SIZES)
+    rpn = build_rpn(channels, (sizes,), [16], counts)
     roi_heads = build_roi_heads(
         RoIAlign(roi_size, [16]), nn.Sequential(head), out_channels, num_classes, roi_batch_size
     )
@@ -391,7 +417,7 @@ def mask_rcnn_fpn(
     body = BackboneWithFPN(
         backbone, stages, stage_channels(backbone), 256, LastLevelMaxPool(), norm
     )
-    rpn = build_rpn(256, tuple((size,) for size in ANCHOR_SIZES), counts)
+    rpn = build_rpn(256, tuple((size,) for size in ANCHOR_SIZES), [*strides, 64], counts)
     mask_parts = []
     if masks:
         mask_head = MaskRCNNHeads(256, [256] * 4, 1, norm)
