@@ -59,6 +59,14 @@ def test_links_between_notebooks_and_from_the_readme_lead_to_files():
             assert (path.parent / link.partition("#")[0]).exists(), f"{name} links to {link}"
 
 
+def test_the_table_of_contents_has_the_chapters_titles_and_summaries():
+    rows = re.findall(r"\| \[([^\]]+)\]\(([^)]+)\.ipynb\) \| ([^|]*) \|", markdown("index"))
+    assert len(rows) == len(NAMES) - 1
+    for title, name, summary in rows:
+        first = re.match(r"# (.+)\n\n> (.+)", "".join(cells(name)[0]["source"]))
+        assert first and first.groups() == (title, summary.strip()), name
+
+
 def test_nothing_is_fetched_and_no_formula_is_left_as_text(pages):
     for name, text in pages[0].items():
         assert not re.search(r'<(script|link|img)[^>]+(src|href)="https?:', text), name
