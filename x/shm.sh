@@ -1,3 +1,0 @@
-# run a command with a small /dev/shm: shm.sh SIZE command...
-size=$1; shift
-exec unshare -m sh -c 'mount -t tmpfs -o size='$size' tmpfs /dev/shm && exec "$@"' sh "$@"
