@@ -72,6 +72,24 @@ class ChunkedInfoNCE(torch.autograd.Function):
         return grad_output * gradient, None, None, None, None
 
 # %% ../nbs/05_loss.ipynb #c031
+def _set_matmul_precision(values: list[str] | None = None) -> list[str]:
+    """Set the precision of float32 matrix products; the values before.
+
+    Args:
+        values: as returned; None: lower precision
+    """
+    if not hasattr(torch.backends.mkldnn, "matmul"):  # before torch 2.9
+        before = [torch.get_float32_matmul_precision()]
+        torch.set_float32_matmul_precision((values or ["medium"])[0])
+        return before
+    # one setting per library; the function above raises where a user has set one of them
+    libraries = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [library.fp32_precision for library in libraries]
+    for library, value in zip(libraries, values or ["tf32", "bf16"]):
+        library.fp32_precision = value
+    return before
+
+
 @contextmanager
 def reduced_precision_matmul(enabled: bool) -> Iterator[None]:
     """Context in which float32 matrix products may round their inputs; sums stay in float32.
@@ -81,13 +99,14 @@ def reduced_precision_matmul(enabled: bool) -> Iterator[None]:
     Args:
         enabled: False changes nothing
     """
-    before = torch.get_float32_matmul_precision()
-    if enabled:
-        torch.set_float32_matmul_precision("medium")
+    if not enabled:
+        yield
+        return
+    before = _set_matmul_precision()
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        _set_matmul_precision(before)
 
 # %% ../nbs/05_loss.ipynb #c033
 def resolve_chunk(chunk: int | str | None, device: torch.device) -> int | None:

@@ -239,10 +239,11 @@ def set_schedules(state: TrainState, steps_per_epoch: int) -> None:
     lr = learning_rate(config, state.step // steps_per_epoch)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    warm = state.step >= config.lambda_warmup
-    state.model.loss_lambda = config.loss_lambda if warm else 0.0
-    # only a `DenseCLVariant` uses the attribute `match`
-    state.model.match = "geometry" if state.step < config.geometry_warmup else config.match
+    if isinstance(state.model, DenseCL):
+        warm = state.step >= config.lambda_warmup
+        state.model.loss_lambda = config.loss_lambda if warm else 0.0
+    if isinstance(state.model, DenseCLVariant):
+        state.model.match = "geometry" if state.step < config.geometry_warmup else config.match
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
