@@ -1,4 +1,4 @@
-"""Training on a pretended CUDA device (pretend.py): no mix of devices, and no wait for the device."""
+"""Training on a pretended CUDA device (pretend.py): no mix of devices, no wait for the device."""
 
 import itertools
 import json
