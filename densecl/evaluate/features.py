@@ -182,10 +182,12 @@ def read_config(path: Path | str) -> Config | None:
         path: of any file
     """
     try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["config"]
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        saved = content["config"]
+        ours = any(key.startswith("encoder_q.backbone.") for key in content["model"])
     except Exception:  # noqa: BLE001  another format: `densecl.weights` reads it
         return None
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not ours:
         return None
     saved = upgrade_config(saved)
     return replace(BACKBONE_ONLY, **{k: saved[k] for k in ENCODER_FIELDS if k in saved})

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -23,40 +24,89 @@ if TYPE_CHECKING:
     from densecl.encoder import Encoder
 
 # %% auto #0
-__all__ = ['COUNTER', 'USAGE_HINTS', 'find_state_dict', 'expected_shapes', 'summarize_names', 'check_complete', 'resolve_path',
+__all__ = ['COUNTER', 'USAGE_HINTS', 'summarize_names', 'find_state_dict', 'expected_shapes', 'check_complete', 'resolve_path',
            'padding_mode', 'backbone_state_dict', 'load_backbone', 'load_encoder', 'load_feature_encoder',
            'extract_backbone']
 
+# %% ../../nbs/weights/03_load.ipynb #c011
+def summarize_names(names: Collection[str]) -> str:
+    """Return the number of names and the first eight of them, on one line.
+
+    Args:
+        names: keys of a file; control characters and long names are escaped and truncated
+    """
+    first = [
+        name if name.isprintable() and len(name) < 99 else ascii(name)[:99]
+        for name in sorted(names)[:8]
+    ]
+    more = ", ..." if len(names) > 8 else ""
+    return f"{len(names)} ({', '.join(first)}{more})"
+
 # %% ../../nbs/weights/03_load.ipynb #c007
-def find_state_dict(content: Any, path: Path | str) -> dict[str, torch.Tensor]:
-    """Return the state dict in a checkpoint, without the `module.` of DistributedDataParallel.
+def _tensor_dicts(content: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], dict]:
+    """All dicts in a checkpoint that directly contain named tensors, by their place."""
+    import torch
+
+    if not isinstance(content, Mapping) or len(place) > 8:
+        return {}
+    named = {key: value for key, value in content.items() if isinstance(key, str)}
+    tensors = {key: value for key, value in named.items() if isinstance(value, torch.Tensor)}
+    found = {place: tensors} if tensors else {}
+    for key, value in named.items():
+        found |= _tensor_dicts(value, (*place, key))
+    return found
+
+
+def _describe_content(content: Any) -> str:
+    """What a checkpoint without named tensors contains, for a message."""
+    if not isinstance(content, Mapping):
+        return f"it holds a {type(content).__name__}"
+    entries = [
+        f"{key} ({type(value).__name__}{f' of {len(value)}' if hasattr(value, '__len__') else ''})"
+        for key, value in content.items()
+    ]
+    return f"it holds {summarize_names(entries)}" if entries else "it holds an empty dict"
+
+# %% ../../nbs/weights/03_load.ipynb #c007b
+def _choose_dict(content: Any, path: Path | str, average: bool) -> tuple[str, ...]:
+    """Place of the dict with the backbone; raise `UsageError` if no dict has named tensors."""
+    found = _tensor_dicts(content)
+    if not found:
+        raise UsageError(
+            f"{path}: holds no named tensors ({_describe_content(content)}); give a checkpoint or "
+            "a state_dict"
+        )
+
+    def rank(place: tuple[str, ...]) -> tuple:
+        keys = state_dict_keys.canonical_keys(found[place])
+        is_average = any(re.fullmatch(state_dict_keys.AVERAGE_PATTERN, part) for part in place)
+        inside = [bool(state_dict_keys.wrapped_backbones(keys, flag)) for flag in (average, True)]
+        wanted = is_average == average or (average and inside[0])
+        known = state_dict_keys.checkpoint_kind(keys) or "stem.conv1.weight" in keys
+        fits = bool(known) or any(inside)
+        usual = place in ((), ("state_dict",), ("model",))
+        return not fits, not wanted, not usual, len(place), -len(keys)
+
+    return min(found, key=rank)
+
+
+def find_state_dict(
+    content: Any, path: Path | str, average: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return the state dict in a checkpoint, without the names that wrappers put before its keys.
 
     Args:
         content: content of the file, as `formats.read_checkpoint` returns it; the state dict is
-            its entry `state_dict` or `model`, or the content itself
+            one of the dicts in it, or the content itself
         path: path of the file, for the error message
+        average: prefer a moving average, such as a teacher, if the file has one in another dict
 
     Raises:
         UsageError: the content has no named tensors
     """
-    import torch
-
-    if not isinstance(content, dict):
-        content = {}
-    for entry in ("state_dict", "model"):
-        if isinstance(content.get(entry), dict):
-            content = content[entry]
-            break
-    tensors = {
-        key: value
-        for key, value in content.items()
-        if isinstance(key, str) and isinstance(value, torch.Tensor)
-    }
-    if not tensors:
-        raise UsageError(f"{path}: holds no named tensors; give a checkpoint or a state_dict")
-    if all(key.startswith("module.") for key in tensors):
-        return {key.removeprefix("module."): value for key, value in tensors.items()}
-    return tensors
+    place = _choose_dict(content, path, average)
+    tensors = _tensor_dicts(content)[place]
+    return {key: tensors[old] for key, old in state_dict_keys.canonical_keys(tensors).items()}
 
 # %% ../../nbs/weights/03_load.ipynb #c010
 def expected_shapes(name: str) -> dict[str, tuple[int, ...]]:
@@ -72,20 +122,6 @@ def expected_shapes(name: str) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         state_dict = build_backbone(name)[0].state_dict()
     return {key: tuple(value.shape) for key, value in state_dict.items()}
-
-# %% ../../nbs/weights/03_load.ipynb #c011
-def summarize_names(names: Collection[str]) -> str:
-    """Return the number of names and the first eight of them, on one line.
-
-    Args:
-        names: keys of a file; control characters and long names are escaped and truncated
-    """
-    first = [
-        name if name.isprintable() and len(name) < 99 else ascii(name)[:99]
-        for name in sorted(names)[:8]
-    ]
-    more = ", ..." if len(names) > 8 else ""
-    return f"{len(names)} ({', '.join(first)}{more})"
 
 # %% ../../nbs/weights/03_load.ipynb #c012
 COUNTER = "num_batches_tracked"  # batch norm's only integer buffer
@@ -190,6 +226,74 @@ def _check_padding(content: Any, path: Path | str) -> None:
             "densecl.weights.load_encoder, densecl.evaluate and densecl.show read it"
         )
 
+# %% ../../nbs/weights/03_load.ipynb #c021b
+def _below_prefix(
+    raw: Mapping[str, torch.Tensor], prefix: str, path: Path | str
+) -> dict[str, torch.Tensor]:
+    """The tensors whose keys begin with a prefix, without it; raise `UsageError` if none does."""
+    plain = {new: raw[old] for new, old in state_dict_keys.canonical_keys(raw).items()}
+    for tensors in (raw, plain):
+        below = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        if below:
+            return below
+    raise UsageError(
+        f"{path}: no key begins with --prefix {prefix}; it holds {summarize_names(raw)}"
+    )
+
+
+def _choose_kind(
+    names: Mapping[str, str], average: bool, path: Path | str
+) -> tuple[state_dict_keys.CheckpointKind, bool]:
+    """Where the backbone is, and whether encoder_q in its prefix stands for encoder_k."""
+    kinds, kind = state_dict_keys.CHECKPOINT_KINDS, state_dict_keys.checkpoint_kind(names)
+    swap = average and kind is not None and "encoder_q" in kind.prefix
+    if kind and (swap or not average):
+        return kind, swap
+    found = state_dict_keys.wrapped_backbones(names, average)
+    if average and not found:
+        description = (kind or kinds[-1]).description
+        raise UsageError(f"{path}: {description}, which has no key encoder")
+    found = found or state_dict_keys.wrapped_backbones(names, average=True)
+    if len(found) > 1:
+        raise UsageError(
+            f"{path}: holds several backbones: {', '.join(found)}; densecl weights extract "
+            "--prefix chooses one"
+        )
+    if not found:
+        return kinds[-1], False
+    parent = found[0].removesuffix("0.")  # nn.Sequential(backbone, head)
+    other = tuple(f"{parent}{n}." for n in range(1, 9)) if parent != found[0] else ()
+    if average:
+        other = ("",)  # the trained network beside its moving average
+    return kinds[-1]._replace(prefix=found[0], other_prefixes=other), False
+
+# %% ../../nbs/weights/03_load.ipynb #c021c
+_noted: set[str] = set()  # lines that were printed
+
+
+def _note_wrappers(path: Path | str, place: tuple[str, ...], stem: str) -> None:
+    """Print once where the backbone was found, if it is not at the usual place.
+
+    Args:
+        path: path of the file
+        place: keys of the dict in the file
+        stem: key of the first convolution in the file
+    """
+    numbered = not stem.endswith("conv1.weight")
+    prefix = stem.removesuffix("0.weight" if numbered else "conv1.weight")
+    known = {kind.prefix for kind in state_dict_keys.CHECKPOINT_KINDS} - {"backbone."}
+    usual = place in ((), ("state_dict",), ("model",)) and not numbered
+    if usual and prefix.replace("encoder_k", "encoder_q") in known | {"stem."}:
+        return
+    parts = [f"the entry {'.'.join(place)}"] if place else []
+    parts += [f"the names that begin with {prefix}"] if prefix else []
+    parts += ["layers numbered as in nn.Sequential"] if numbered else []
+    line = f"densecl: {path}: the backbone is read from {', '.join(parts)}"
+    first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    if first and line not in _noted:
+        print(line, file=sys.stderr)
+    _noted.add(line)
+
 # %% ../../nbs/weights/03_load.ipynb #c022
 def backbone_state_dict(
     name_or_path: str | Path, prefix: str | None = None, key_encoder: bool = False
@@ -209,20 +313,28 @@ def backbone_state_dict(
     """
     path = resolve_path(name_or_path)
     content = formats.read_checkpoint(path)
-    tensors = find_state_dict(content, path)
+    place = _choose_dict(content, path, key_encoder)
+    raw = _tensor_dicts(content)[place]
     _check_padding(content, path)
-    if "stem.conv1.weight" in tensors:
-        tensors = {state_dict_keys.from_detectron2_key(k): v for k, v in tensors.items()}
-    kind = state_dict_keys.checkpoint_kind(tensors) or state_dict_keys.CHECKPOINT_KINDS[-1]
     if prefix is not None:
-        kind = state_dict_keys.CheckpointKind("a file", f"{prefix.rstrip('.')}.", ("",))
-    if key_encoder and "encoder_q" not in kind.prefix:
-        raise UsageError(f"{path}: {kind.description}, which has no key encoder")
-    inside, unknown = state_dict_keys.backbone_keys(tensors, kind, key_encoder)
-    state_dict = {name: tensors[key] for name, key in inside.items()}
-    relevant = state_dict | {key: tensors[key] for key in unknown}
+        raw = _below_prefix(raw, f"{prefix.rstrip('.')}.", path)
+    names = state_dict_keys.canonical_keys(raw)
+    if "stem.conv1.weight" in names:
+        names = {state_dict_keys.from_detectron2_key(k): old for k, old in names.items()}
+    in_average = any(re.fullmatch(state_dict_keys.AVERAGE_PATTERN, part) for part in place)
+    kind, swap = _choose_kind(names, key_encoder and not in_average, path)
+    inside, unknown = state_dict_keys.backbone_keys(names, kind, swap)
+    state_dict = {name: raw[names[key]] for name, key in inside.items()}
+    relevant = state_dict | {key: raw[names[key]] for key in unknown}
     shapes = {key: tuple(value.shape) for key, value in relevant.items()}
-    return check_complete(state_dict, unknown, path, state_dict_keys.guess_mismatch(shapes))
+    guess = state_dict_keys.guess_mismatch(shapes)
+    if unknown and kind.prefix and not guess:
+        guess = "another network beside the backbone; densecl weights extract --prefix "
+        guess += f"{kind.prefix.rstrip('.')} takes the backbone alone"
+    result = check_complete(state_dict, unknown, path, guess)
+    if prefix is None:
+        _note_wrappers(path, place, names[inside["conv1.weight"]])
+    return result
 
 # %% ../../nbs/weights/03_load.ipynb #c029
 def load_backbone(name_or_path: str | Path, partial: bool = False) -> ResNet:

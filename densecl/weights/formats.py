@@ -5,10 +5,12 @@
 # %% ../../nbs/weights/01_formats.ipynb #c002
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.io import UsageError, atomic_write
@@ -17,16 +19,20 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['ALLOWED_GLOBALS', 'LEGACY_TORCH_MAGIC', 'READERS', 'EXPORT_FORMATS', 'DEFAULT_FORMATS', 'encode_latin1',
-           'ArrayUnpickler', 'detect_container', 'read_torch', 'read_pickle', 'read_safetensors', 'read_checkpoint',
-           'resolve_format', 'dump_pickle', 'write_state_dict']
+__all__ = ['ALLOWED_GLOBALS', 'LEGACY_TORCH_MAGIC', 'SIGNATURES', 'OTHER_SUFFIXES', 'OLD_PICKLE', 'READERS', 'EXPORT_FORMATS',
+           'DEFAULT_FORMATS', 'encode_latin1', 'ArrayUnpickler', 'detect_container', 'read_torch', 'read_pickle',
+           'read_npz', 'read_safetensors', 'read_checkpoint', 'resolve_format', 'dump_pickle', 'write_state_dict']
 
 # %% ../../nbs/weights/01_formats.ipynb #c007
 # (module, name) of what a pickle of numpy arrays needs; numpy 2 renamed core to _core
-ALLOWED_GLOBALS = {("numpy", "ndarray"), ("numpy", "dtype")} | {
+ALLOWED_GLOBALS = {("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict")} | {
     (f"numpy.{core}.{module}", name)
     for core in ("core", "_core")
-    for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
+    for module, name in (
+        ("multiarray", "_reconstruct"),
+        ("multiarray", "scalar"),
+        ("numeric", "_frombuffer"),
+    )
 }
 
 
@@ -64,19 +70,41 @@ class ArrayUnpickler(pickle.Unpickler):
 # %% ../../nbs/weights/01_formats.ipynb #c013
 # first bytes of torch.save before its files were zip archives
 LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+# first bytes, or the end of the name: what such a file is
+SIGNATURES = {
+    rb"\s*<|\xef\xbb\xbf\s*<": "a web page; the download went wrong",
+    rb"version https://git-lfs": "only a Git LFS pointer; fetch the file with git lfs pull",
+    rb"\0+\Z": "only zero bytes; the download went wrong",
+    rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd": "a compressed archive; unpack it",
+    rb"(?s).{257}ustar": "a tar archive; unpack it",
+    rb"\x93NUMPY": "one numpy array without a name (.npy)",
+    rb"\x89HDF": "an HDF5 file, as of Keras; convert it to a state_dict of PyTorch",
+    rb"\xff\xd8\xff|\x89PNG|GIF8|%PDF": "an image or a document",
+    rb"GGUF": "a GGUF file",
+    rb"\s*[\[{]": "JSON text",
+}
+OTHER_SUFFIXES = {
+    r"\.(index|meta|data-\d+-of-\d+)$": "a part of a TensorFlow checkpoint",
+    r"\.pb$": "a graph of TensorFlow",
+    r"\.onnx$": "a graph of ONNX",
+    r"\.msgpack$": "weights of Flax",
+    r"\.distcp$": "a part of a distributed checkpoint",
+}
 
 
-def _why_unreadable(start: bytes) -> str:
+def _why_unreadable(start: bytes, name: str = "") -> str:
     """Return the reason why a file with these first bytes is in no known container."""
     if not start:
         return "an empty file"
-    if start.lstrip().startswith(b"<"):
-        return "a web page; the download went wrong"
-    if start.startswith(b"version https://git-lfs"):
-        return "only a Git LFS pointer; fetch the file with git lfs pull"
-    return "not a file of weights"
+    reasons = [text for pattern, text in SIGNATURES.items() if re.match(pattern, start)]
+    reasons += [text for pattern, text in OTHER_SUFFIXES.items() if re.search(pattern, name)]
+    return reasons[0] if reasons else "not a file of weights"
 
 # %% ../../nbs/weights/01_formats.ipynb #c014
+# Python 2's pickles have no first byte of their own: a dict, a list, a class
+OLD_PICKLE = rb"\(d|\(l|\}q|\]q|ccollections\n|ccopy_reg\n"
+
+
 def detect_container(path: Path | str) -> str:
     """Return the container of a weight file from its first bytes; its suffix is ignored.
 
@@ -84,7 +112,7 @@ def detect_container(path: Path | str) -> str:
         path: any file
 
     Returns:
-        "torch", "pickle" or "safetensors".
+        "torch", "npz", "pickle" or "safetensors".
 
     Raises:
         UsageError: the file cannot be opened or is in none of these containers
@@ -96,18 +124,53 @@ def detect_container(path: Path | str) -> str:
         raise UsageError(f"{path}: not there; give a file of weights") from None
     except OSError as e:
         raise UsageError(f"{path}: {e.strerror}; give a file of weights") from None
-    if start.startswith((b"PK\x03\x04", LEGACY_TORCH_MAGIC)):
+    if start.startswith(b"PK\x03\x04"):
+        return _detect_zip(path)
+    if start.startswith(LEGACY_TORCH_MAGIC):
         return "torch"
-    if start[8:9] == b"{":
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
         return "safetensors"
-    if start.startswith(b"\x80"):
+    if start.startswith(b"\x80") or re.match(OLD_PICKLE, start):
         return "pickle"
     raise UsageError(
-        f"{path}: {_why_unreadable(start)}; the files of torch.save, pickle (arrays) and "
-        "safetensors can be read"
+        f"{path}: {_why_unreadable(start, Path(path).name)}; the files of torch.save, pickle "
+        "(arrays), numpy (.npz) and safetensors can be read"
     )
 
+# %% ../../nbs/weights/01_formats.ipynb #c014b
+def _detect_zip(path: Path | str) -> str:
+    """Return the container of a zip archive, "torch" or "npz"; raise `UsageError` for others."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return "torch"  # truncated: its reader says so
+    if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
+        raise UsageError(
+            f"{path}: a TorchScript archive (torch.jit.save), which contains code; load it with "
+            "torch.jit.load and save its state_dict() with torch.save"
+        )
+    if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
+        return "torch"
+    if names and all(name.endswith(".npy") for name in names):
+        return "npz"
+    first = ascii(", ".join(names[:3]))[1:-1][:99]
+    raise UsageError(f"{path}: a zip archive without weights of torch ({first}); unpack it")
+
 # %% ../../nbs/weights/01_formats.ipynb #c016
+def _harmless_classes() -> list:
+    """Classes that training programs store beside tensors; none of them runs code."""
+    import numpy as np
+    import torch
+
+    classes = [argparse.Namespace, PosixPath, np.dtype]
+    classes += [getattr(np.dtypes, f"{name}DType") for name in ("Float32", "Float64", "Int64")]
+    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 6):  # names of both numpys
+        scalar = np.float64(0).__reduce__()[0]
+        classes += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return classes
+
+
 def read_torch(path: Path | str) -> Any:
     """Return the content of a `torch.save` file, with tensors on the CPU.
 
@@ -117,26 +180,42 @@ def read_torch(path: Path | str) -> Any:
     import torch
 
     # given a path, torch.load takes the format from the suffix; given a file, from the bytes
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, torch.serialization.safe_globals(_harmless_classes()):
         return torch.load(file, map_location="cpu", weights_only=True)
+
+# %% ../../nbs/weights/01_formats.ipynb #c016b
+def _to_tensors(value: Any) -> Any:
+    """Return nested dicts with numpy arrays of numbers as tensors."""
+    import numpy as np
+    import torch
+
+    if isinstance(value, dict):
+        return {key: _to_tensors(item) for key, item in value.items()}
+    numbers = isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
+    native = value.dtype.newbyteorder("=") if numbers else None
+    return torch.from_numpy(value.astype(native)) if numbers else value
 
 
 def read_pickle(path: Path | str) -> Any:
-    """Return the content of a pickle, with numpy arrays as tensors.
+    """Return the content of a pickle of Python 2 or 3, with numpy arrays as tensors.
 
     Args:
         path: pickle of nested dicts of numpy arrays, such as detectron2's files
     """
-    import numpy as np
-    import torch
-
-    def to_tensors(value):
-        if isinstance(value, dict):
-            return {key: to_tensors(item) for key, item in value.items()}
-        return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-
     with open(path, "rb") as file:
-        return to_tensors(ArrayUnpickler(file).load())
+        return _to_tensors(ArrayUnpickler(file, encoding="latin1").load())
+
+
+def read_npz(path: Path | str) -> dict[str, torch.Tensor]:
+    """Return the arrays of an .npz as tensors by their key.
+
+    Args:
+        path: file of `numpy.savez`
+    """
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as arrays:
+        return _to_tensors(dict(arrays))
 
 
 def read_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
@@ -152,6 +231,7 @@ def read_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
 # %% ../../nbs/weights/01_formats.ipynb #c018
 READERS: dict[str, Callable[[Path | str], Any]] = {
     "torch": read_torch,
+    "npz": read_npz,
     "pickle": read_pickle,
     "safetensors": read_safetensors,
 }
@@ -167,15 +247,18 @@ def read_checkpoint(path: Path | str) -> Any:
         UsageError: the file is missing, damaged, in another container, or contains other
             objects than tensors
     """
-    reader = READERS[detect_container(path)]
+    container = detect_container(path)
     try:
-        return reader(path)
+        return READERS[container](path)
     except Exception as e:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(e))
+        refused = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:operand|class) ([\w.]+)", str(e))
+        found = refused and (refused[1] or refused[2])
         reason = f"truncated or damaged ({type(e).__name__}); copy or download it again"
-        if refused:
+        if found and container == "pickle" and found.startswith("torch."):
+            reason = "a plain pickle of torch's tensors; load it and save it with torch.save"
+        elif found:
             reason = (
-                f"holds more than tensors ({refused[1]}) and is not read, since that could run "
+                f"holds more than tensors ({found}) and is not read, since that could run "
                 "code; save its state_dict alone"
             )
         raise UsageError(f"{path}: {reason}") from e

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['OFFICIAL_PREFIXES', 'OPENMMLAB_PREFIXES', 'CHECKPOINT_KINDS', 'BLOCK_COUNTS', 'MISMATCH_HINTS', 'HEAD_PATTERN',
-           'to_detectron2_key', 'from_detectron2_key', 'to_official_key', 'from_official_key', 'CheckpointKind',
-           'checkpoint_kind', 'backbone_keys', 'blocks_per_stage', 'infer_backbone', 'guess_mismatch',
+__all__ = ['OFFICIAL_PREFIXES', 'OPENMMLAB_PREFIXES', 'CHECKPOINT_KINDS', 'TRANSPARENT', 'WRAPPERS', 'AVERAGE_PATTERN',
+           'HEAD_PATTERN', 'BLOCK_COUNTS', 'MISMATCH_HINTS', 'to_detectron2_key', 'from_detectron2_key',
+           'to_official_key', 'from_official_key', 'CheckpointKind', 'checkpoint_kind', 'backbone_keys',
+           'canonical_keys', 'wrapped_backbones', 'blocks_per_stage', 'infer_backbone', 'guess_mismatch',
            'official_state_dict', 'load_official']
 
 # %% ../../nbs/weights/00_state_dict_keys.ipynb #c005
@@ -123,6 +124,25 @@ def checkpoint_kind(keys: Collection[str]) -> CheckpointKind | None:
     kinds = (kind for kind in CHECKPOINT_KINDS if f"{kind.prefix}conv1.weight" in keys)
     return next(kinds, None)
 
+# %% ../../nbs/weights/00_state_dict_keys.ipynb #c023a
+# parts of names without meaning; they are left out wherever they are
+TRANSPARENT = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# parts of names under which programs keep a backbone
+WRAPPERS = TRANSPARENT | set(
+    shlex.split(
+        "model models net network backbone encoder base_encoder trunk _feature_blocks base_model "
+        "base resnet body feature_extractor student online online_encoder online_network "
+        "online_net encoder_q query_encoder feature_model 0"
+    )
+)
+AVERAGE_PATTERN = r"\w*(momentum|teacher|target|ema)\w*|encoder_k|key_encoder|backbone_k"
+# parts of names that belong to no backbone
+HEAD_PATTERN = (
+    rf"{AVERAGE_PATTERN}|(\w+_)?heads?|\w*classifier|proj\w*|pred\w*|proto\w*|mlp\d*|fc\w*|necks?"
+    r"|queue\w*|center|criterion|\w*loss\w*|temperature|logit_scale|n_averaged|bn|linear|rpn|fpn"
+    r"|data_preprocessor|normalize|mean|std|pixel_mean|pixel_std"
+)
+
 # %% ../../nbs/weights/00_state_dict_keys.ipynb #c022
 def backbone_keys(
     keys: Collection[str], kind: CheckpointKind, key_encoder: bool = False
@@ -144,9 +164,76 @@ def backbone_keys(
         prefix = prefix.replace("encoder_q", "encoder_k")
         known_prefixes = (*known_prefixes, "encoder_q.")
     inside = {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
-    inside = {name: key for name, key in inside.items() if not name.startswith("fc.")}
-    unknown = [key for key in keys if not key.startswith((prefix, *known_prefixes))]
+    inside = {
+        name: key
+        for name, key in inside.items()
+        if not re.fullmatch(HEAD_PATTERN, name.split(".")[0])
+    }
+    unknown = [
+        key
+        for key in keys
+        if not key.startswith((prefix, *known_prefixes))
+        and not any(re.fullmatch(HEAD_PATTERN, part) for part in key.split("."))
+    ]
     return inside, unknown
+
+# %% ../../nbs/weights/00_state_dict_keys.ipynb #c023d
+def _name_sequence(keys: Collection[str]) -> dict[str, str]:
+    """Prefixes of numbered layers, each with its name: "net.4." -> "net.layer1."."""
+    numbers: dict[str, list[int]] = {}
+    for key in keys:
+        found = re.match(r"(|.*\.)(\d+)\.0\.conv1\.weight$", key)
+        if found and f"{found[1]}0.weight" in keys and f"{found[1]}1.running_mean" in keys:
+            numbers.setdefault(found[1], []).append(int(found[2]))
+    names = {}
+    for prefix, stages in numbers.items():
+        names |= {f"{prefix}0.": f"{prefix}conv1.", f"{prefix}1.": f"{prefix}bn1."}
+        names |= {f"{prefix}{n}.": f"{prefix}layer{i}." for i, n in enumerate(sorted(stages), 1)}
+        # after the pooling
+        names |= {f"{prefix}{n}.": f"{prefix}fc." for n in range(max(stages) + 1, max(stages) + 7)}
+    return names
+
+# %% ../../nbs/weights/00_state_dict_keys.ipynb #c023b
+def canonical_keys(keys: Collection[str]) -> dict[str, str]:
+    """Names without the parts that wrappers added, each with its key in the file.
+
+    Args:
+        keys: keys of a state dict
+    """
+    plain = {".".join(p for p in key.split(".") if p not in TRANSPARENT): key for key in keys}
+    if len(plain) < len(keys):  # two tensors would get one name
+        plain = {key: key for key in keys}
+    sequence = _name_sequence(plain)
+    for prefix, name in sequence.items():
+        plain = {
+            name + key[len(prefix) :] if key.startswith(prefix) else key: old
+            for key, old in plain.items()
+        }
+    while plain and checkpoint_kind(plain) is None:
+        first = {key.split(".")[0] for key in plain}
+        if len(first) > 1 or not first <= WRAPPERS or not all("." in key for key in plain):
+            break
+        plain = {key.split(".", 1)[1]: old for key, old in plain.items()}
+    return plain
+
+
+def wrapped_backbones(keys: Collection[str], average: bool = False) -> list[str]:
+    """Prefixes below which a ResNet is, made of `WRAPPERS` only, the shortest first.
+
+    Args:
+        keys: keys of a state dict
+        average: look for the moving average of the trained network, such as a teacher
+    """
+    found = []
+    for key in keys:
+        prefix = key.removesuffix("conv1.weight")
+        if prefix == key or f"{prefix}layer1.0.conv1.weight" not in keys:
+            continue
+        parts = prefix.split(".")[:-1]
+        averages = [part for part in parts if re.fullmatch(AVERAGE_PATTERN, part)]
+        if set(parts) <= WRAPPERS | set(averages) and bool(averages) == average:
+            found.append(prefix)
+    return sorted(found, key=len)
 
 # %% ../../nbs/weights/00_state_dict_keys.ipynb #c025
 BLOCK_COUNTS = {
@@ -195,7 +282,9 @@ def infer_backbone(keys: Collection[str]) -> str | None:
 # %% ../../nbs/weights/00_state_dict_keys.ipynb #c030
 # (a pattern in the keys, the likely cause)
 MISMATCH_HINTS = (
+    (r"attnpool", "CLIP's ResNet, with a deep stem and an attention pooling"),
     (r"patch_embed|attn", "a transformer, not a ResNet"),
+    (r"embedder\.convolution\.", "a ResNet under the names of Hugging Face's transformers"),
     (
         r"branch2a|(^|\.)conv1_w$|res_conv1_bn",
         "Caffe's names; such a network expects BGR images and strides in its 1 x 1 convolutions",
@@ -209,7 +298,6 @@ MISMATCH_HINTS = (
         "a deep stem of three 3 x 3 convolutions (ResNet-C or -D) in place of the 7 x 7 one",
     ),
 )
-HEAD_PATTERN = r"(^|\.)(head|classifier|proj\w*|pred\w*|mlp|fc\w+)\."
 
 # %% ../../nbs/weights/00_state_dict_keys.ipynb #c031
 def guess_mismatch(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -228,17 +316,20 @@ def guess_mismatch(shapes: Mapping[str, tuple[int, ...]]) -> str:
     ]
     # the shortest prefix is that of the stem; the others are those of blocks
     prefix = min(prefixes, key=len, default="")
-    if prefixes and tuple(shapes[f"{prefix}conv1.weight"][2:]) == (3, 3):
+    stem = tuple(shapes[f"{prefix}conv1.weight"][1:]) if prefixes else ()
+    if stem in ((3, 3, 3), (1, 3, 3)):  # the first block's convolution has more channels
         return "a stem for small images (3 x 3, CIFAR)"
     if prefixes and checkpoint_kind(shapes) is None:
-        return f"names that begin with another prefix, {prefix}"
+        return (
+            f"names that begin with another prefix, {prefix} (densecl weights extract --prefix "
+            f"{prefix.rstrip('.')} writes a file that every command reads)"
+        )
     counts = blocks_per_stage([key.removeprefix(prefix) for key in shapes])
     if len(counts) == 4 and counts not in BLOCK_COUNTS.values():
         return f"another depth, blocks {counts}"
     if tuple(shapes.get(f"{prefix}layer1.0.conv2.weight", (64, 64))[:2]) != (64, 64):
         return "a wide or grouped ResNet"
-    head = next((key for key in shapes if re.search(HEAD_PATTERN, key)), "")
-    return f"a head that is no part of the backbone, {head}" if head else ""
+    return ""
 
 # %% ../../nbs/weights/00_state_dict_keys.ipynb #c035
 def official_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:

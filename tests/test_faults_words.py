@@ -1,0 +1,262 @@
+"""What users really have: files of other programs, odd runs, odd data, only the wheel."""
+
+import collections
+import io
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from densecl.runtime.io import UsageError, run_command
+from densecl.weights import backbone_state_dict, find_state_dict, formats
+from densecl.weights.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """A ResNet-18 of torchvision, truncated after layer1 to be small, and its state dict."""
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18()
+    net.layer2, net.layer3, net.layer4 = nn.Sequential(), nn.Sequential(), nn.Sequential()
+    net.fc = nn.Linear(64, 2)
+    return net, net.state_dict()
+
+
+def prefixed(prefix, state):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def sequence(net):
+    return nn.Sequential(*list(net.children())).state_dict()
+
+
+def other(state):
+    """The same names with other numbers: a teacher that must not be taken for the student."""
+    return {key: value + 1 for key, value in state.items()}
+
+
+HEAD = {"weight": torch.ones(4, 512), "bias": torch.ones(4)}
+LAYOUTS = {
+    "compiled": lambda n, s: prefixed("_orig_mod.", s),
+    "compiled DDP": lambda n, s: {"model": prefixed("_orig_mod.module.", s)},
+    "DDP inside": lambda n, s: prefixed("encoder.module.", s) | prefixed("head.", HEAD),
+    "model.": lambda n, s: prefixed("model.", s),
+    "four in a row": lambda n, s: {"state_dict": prefixed("module.model.net.backbone.", s)},
+    "base_encoder (MoCo v3)": lambda n, s: {
+        "state_dict": prefixed("module.base_encoder.", s)
+        | prefixed("module.momentum_encoder.", other(s))
+        | prefixed("module.predictor.0.", HEAD)
+    },
+    "model_state_dict": lambda n, s: {"model_state_dict": s, "epoch": 3, "loss": 0.1},
+    "net": lambda n, s: {"net": prefixed("module.", s), "acc": 93.0, "epoch": 1},
+    "VISSL": lambda n, s: {
+        "phase_idx": 1,
+        "classy_state_dict": {
+            "base_model": {
+                "model": {
+                    "trunk": prefixed("_feature_blocks.", s),
+                    "heads": prefixed("0.clf.0.", HEAD),
+                }
+            }
+        },
+    },
+    "DINO": lambda n, s: {
+        "student": prefixed("module.backbone.", s) | prefixed("module.head.mlp.0.", HEAD),
+        "teacher": prefixed("backbone.", other(s)) | prefixed("head.mlp.0.", HEAD),
+        "dino_loss": {"center": torch.ones(1, 4)},
+        "epoch": 7,
+    },
+    "only a teacher": lambda n, s: {"teacher": prefixed("backbone.", s), "epoch": 7},
+    "EMA of timm": lambda n, s: {"state_dict": s, "state_dict_ema": other(s), "arch": "resnet18"},
+    "Lightning": lambda n, s: {
+        "pytorch-lightning_version": "2.4",
+        "state_dict": prefixed("model.", s) | prefixed("criterion.", HEAD),
+        "hyper_parameters": {"lr": 0.1},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}],
+    },
+    "solo-learn": lambda n, s: {
+        "state_dict": prefixed("backbone.", s)
+        | prefixed("momentum_backbone.", other(s))
+        | prefixed("projector.0.", HEAD)
+        | prefixed("classifier.", HEAD)
+        | {"queue": torch.ones(2, 4)}
+    },
+    "lightly (nn.Sequential)": lambda n, s: {
+        "state_dict": prefixed("backbone.", sequence(n))
+        | prefixed("projection_head.layers.0.", HEAD)
+        | prefixed("backbone_momentum.", other(sequence(n)))
+    },
+    "nn.Sequential": lambda n, s: sequence(n),
+    "nn.Sequential with a head": lambda n, s: prefixed("0.", sequence(n)) | prefixed("1.", HEAD),
+    "MMSelfSup": lambda n, s: {
+        "meta": {"epoch": 1},
+        "state_dict": prefixed("backbone.", s)
+        | prefixed("neck.fc0.", HEAD)
+        | prefixed("target_net.0.", other(s)),
+    },
+    "torchvision's detector": lambda n, s: (
+        prefixed("backbone.body.", s)
+        | prefixed("backbone.fpn.inner_blocks.0.", HEAD)
+        | prefixed("roi_heads.box_head.fc6.", HEAD)
+    ),
+    "SwAV": lambda n, s: prefixed("module.", s) | prefixed("module.prototypes.", HEAD),
+    "averaged": lambda n, s: prefixed("module.", s) | {"n_averaged": torch.tensor(3)},
+}
+
+
+def body(state):
+    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+
+
+def is_body(found, state):
+    expected = body(state)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[k], expected[k]) for k in found
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_backbone_is_found_in_the_layouts_of_other_programs(layout, resnet, tmp_path, capsys):
+    net, state = resnet
+    torch.save(LAYOUTS[layout](net, state), tmp_path / "weights.pth")
+    found, name = backbone_state_dict(tmp_path / "weights.pth")
+    assert name == "resnet18-layer1" and is_body(found, state)
+    lines = capsys.readouterr().err.splitlines()
+    usual = layout == "EMA of timm"  # torchvision's names under state_dict
+    assert len(lines) == (0 if usual else 1)  # where it was read from
+    assert usual or "weights.pth: the backbone is read from" in lines[0]
+
+
+def test_the_line_names_what_was_stripped_and_comes_once(resnet, tmp_path, capsys):
+    net, state = resnet
+    torch.save(LAYOUTS["VISSL"](net, state), tmp_path / "a.pth")
+    for _ in range(2):
+        backbone_state_dict(tmp_path / "a.pth")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "classy_state_dict.base_model.model.trunk" in error
+    assert "_feature_blocks." in error
+
+
+@pytest.mark.parametrize("layout", ["DINO", "EMA of timm", "base_encoder (MoCo v3)", "solo-learn"])
+def test_the_key_encoder_is_the_moving_average_of_any_program(layout, resnet, tmp_path):
+    net, state = resnet
+    torch.save(LAYOUTS[layout](net, state), tmp_path / "weights.pth")
+    found, _ = backbone_state_dict(tmp_path / "weights.pth", key_encoder=True)
+    assert is_body(found, other(state))
+
+
+def test_safetensors_npz_and_pickles_of_python_2_are_read(resnet, tmp_path):
+    _, state = resnet
+    formats.write_state_dict(prefixed("model.", state), tmp_path / "a.safetensors", "safetensors")
+    arrays = {key: value.numpy() for key, value in state.items()}
+    np.savez(tmp_path / "a.npz", **prefixed("module.", arrays))
+    (tmp_path / "ordered.pkl").write_bytes(pickle.dumps(collections.OrderedDict(arrays)))
+    assert is_body(backbone_state_dict(tmp_path / "a.safetensors")[0], state)
+    assert is_body(backbone_state_dict(tmp_path / "a.npz")[0], state)
+    assert is_body(backbone_state_dict(tmp_path / "ordered.pkl")[0], state)
+    # {'a': array([1, 255], dtype=uint8)}, as Python 2 writes it, protocols 2 and 0
+    new = (
+        b"\x80\x02}q\x01U\x01aq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\n"
+        b"q\x04K\x00\x85U\x01b\x87Rq\x05(K\x01K\x02\x85cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87R"
+        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x02\x01\xfftbs."
+    )
+    (tmp_path / "two.pkl").write_bytes(new)
+    (tmp_path / "zero.pkl").write_bytes(b"(dp0\nS'lr'\np1\nF0.5\ns.")
+    assert formats.read_checkpoint(tmp_path / "two.pkl")["a"].tolist() == [1, 255]
+    assert formats.read_checkpoint(tmp_path / "zero.pkl") == {"lr": 0.5}
+
+
+def test_harmless_objects_beside_the_tensors_are_read(resnet, tmp_path):
+    import argparse
+
+    _, state = resnet
+    content = {"state_dict": state, "args": argparse.Namespace(lr=0.1), "best": np.float64(3.5)}
+    torch.save(content, tmp_path / "a.pth")
+    assert is_body(backbone_state_dict(tmp_path / "a.pth")[0], state)
+
+
+def archive(*names):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for name in names:
+            file.writestr(name, "x")
+    return content.getvalue()
+
+
+def scripted():
+    content = io.BytesIO()
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), content)
+    return content.getvalue()
+
+
+FILES = {
+    "TorchScript": (scripted, "TorchScript"),
+    "zip": (lambda: archive("a.pth", "b.txt"), "a zip archive without weights"),
+    "gzip": (lambda: b"\x1f\x8b\x08\x00" + bytes(99), "compressed archive; unpack"),
+    "tar": (lambda: b"a".ljust(257, b"\0") + b"ustar\x0000", "tar archive; unpack"),
+    "keras": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5"),
+    "npy": (lambda: b"\x93NUMPY\x01\x00", "without a name"),
+    "json": (lambda: b'{"error": "not found"}', "JSON text"),
+    "json that looks like safetensors": (lambda: b'[1, 22, {"error": "not found"}]', "JSON text"),
+    "web page with a mark": (lambda: b"\xef\xbb\xbf<html>404</html>", "a web page"),
+    "zeros": (lambda: bytes(4096), "only zero bytes"),
+    "pickled tensors": (lambda: pickle.dumps({"a": torch.ones(1)}), "plain pickle of torch"),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_other_files_are_called_by_their_name_and_not_damaged(what, tmp_path, capsys):
+    make, word = FILES[what]
+    (tmp_path / "weights.pth").write_bytes(make())
+    with pytest.raises(SystemExit) as end:
+        run_command(main, ["extract", str(tmp_path / "weights.pth"), str(tmp_path / "out.pth")])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert word in error and "damaged" not in error and error.isascii()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"state_dict": {}, "epoch": 3}, ("state_dict (dict of 0)", "epoch (int)")),
+        ({"optimizer": {"lr": 0.1}, "hyper": {}}, ("optimizer (dict of 1)", "hyper (dict of 0)")),
+        ([torch.ones(1)], ("a list",)),
+        (torch.ones(2), ("a Tensor",)),
+    ],
+)
+def test_without_named_tensors_the_message_lists_what_was_seen(content, words):
+    with pytest.raises(UsageError, match="no named tensors") as e:
+        find_state_dict(content, "a.pth")
+    assert all(word in str(e.value) for word in words)
+
+
+def test_an_unknown_prefix_and_an_unknown_part_name_the_way_out(resnet, tmp_path):
+    _, state = resnet
+    torch.save(prefixed("vision.", state), tmp_path / "a.pth")
+    with pytest.raises(UsageError, match="extract --prefix vision writes a file"):
+        backbone_state_dict(tmp_path / "a.pth")
+    assert is_body(backbone_state_dict(tmp_path / "a.pth", prefix="vision")[0], state)
+    with pytest.raises(UsageError, match="no key begins with --prefix visio"):
+        backbone_state_dict(tmp_path / "a.pth", prefix="visio")
+    torch.save(prefixed("model.", state) | prefixed("odd.", state), tmp_path / "b.pth")
+    with pytest.raises(
+        UsageError, match=r"another network beside .*--prefix model takes .*unmatched"
+    ):
+        backbone_state_dict(tmp_path / "b.pth")
+    small = prefixed("backbone.", state) | {"backbone.conv1.weight": torch.ones(64, 3, 3, 3)}
+    torch.save(small, tmp_path / "c.pth")
+    with pytest.raises(UsageError, match="3 x 3, CIFAR"):
+        backbone_state_dict(tmp_path / "c.pth")
+
+
+def test_evaluate_reads_a_checkpoint_of_another_program_that_has_a_config(resnet, tmp_path):
+    from densecl.evaluate.features import load_network
+
+    _, state = resnet
+    torch.save({"config": {"lr": 0.1}, "model": prefixed("net.", state)}, tmp_path / "a.pth")
+    config, encoder = load_network(tmp_path / "a.pth")
+    assert config.backbone == "resnet18-layer1" and is_body(encoder.backbone.state_dict(), state)
