@@ -13,13 +13,25 @@ import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from densecl.data.coco import (
+    CocoAnnotations,
+    UnusableAnnotation,
+    decode_mask,
+    encode_mask,  # noqa: F401, also imported from here
+    fill_sizes,
+    is_crowd,
+    load_json_object,
+    parse_id,
+    parse_outline,
+    read_coco,
+)
 from .decode import one_line
-from .sources import FileSource, ImageSource
+from .sources import FileSource, ImageSource, progress_bar
 from ..runtime.io import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -29,9 +41,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['VOID', 'VOC_CLASSES', 'CITYSCAPES_CLASSES', 'class_lookup_table', 'read_mask_values', 'values_to_classes',
            'SegmentationDataset', 'require_files', 'find_voc_root', 'voc_split_lists', 'read_voc_list',
-           'voc_segmentation', 'cityscapes_segmentation', 'require_package', 'encode_mask', 'decode_mask',
-           'RasterizedMasks', 'coco_semantic', 'coco_instances', 'coco_segmentation', 'open_segmentation',
-           'voc_colormap', 'overlay_mask', 'iou_from_confusion', 'mean_iou_from_confusion', 'mean_iou']
+           'voc_segmentation', 'cityscapes_segmentation', 'require_package', 'RasterizedMasks', 'coco_semantic',
+           'coco_instances', 'coco_segmentation', 'open_segmentation', 'voc_colormap', 'overlay_mask',
+           'iou_from_confusion', 'mean_iou_from_confusion', 'mean_iou']
 
 # %% ../../nbs/data/06_labels.ipynb #c007
 VOID = 255  # value of pixels without a class
@@ -167,8 +179,9 @@ class SegmentationDataset:
         Args:
             index: 0 .. len - 1
         """
-        image, mask = self.images.load(index), self.mask(index)
+        mask = self.mask(index)
         height, width = mask.shape
+        image = self.images.load_labeled(index, (width, height))
         if image.size != (width, height):
             raise UsageError(
                 f"{one_line(self.masks.name(index))}: a mask of {width} x {height} for an image "
@@ -317,58 +330,34 @@ def require_package(package: str, purpose: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise UsageError(f"{purpose} needs {package}: pip install 'densecl[transfer]'")
 
-# %% ../../nbs/data/06_labels.ipynb #c032
-def encode_mask(outline: list | dict | str, height: int, width: int) -> dict[str, Any]:
-    """An outline of COCO as compressed run lengths, the RLE of pycocotools.
-
-    Args:
-        outline: polygons, or run lengths, compressed or not; or their JSON text
-        height: of the image in pixels
-        width: of the image in pixels
-    """
-    from pycocotools import mask
-
-    if isinstance(outline, str):
-        outline = json.loads(outline)
-    if isinstance(outline, list):
-        return mask.merge(mask.frPyObjects(outline, height, width))
-    compressed = not isinstance(outline["counts"], list)
-    return outline if compressed else mask.frPyObjects(outline, height, width)
-
-
-def decode_mask(outline: list | dict | str, height: int, width: int) -> np.ndarray:
-    """The pixels inside an outline of COCO: H x W uint8 of 0 and 1.
-
-    Args:
-        outline: as in `encode_mask`
-        height: of the image in pixels
-        width: of the image in pixels
-    """
-    from pycocotools import mask
-
-    return mask.decode(encode_mask(outline, height, width))
-
 # %% ../../nbs/data/06_labels.ipynb #c033
 class RasterizedMasks(ImageSource):
     """Masks drawn from COCO's instances when they are read.
 
-    Class 0 is the background, then follow the categories in order; crowds are void.
+    Class 0 is the background, then follow the categories in the order of their ids; crowds are
+    void. Annotations without a usable outline are left out and reported in one line.
 
     Args:
-        instances: the parsed json: images, annotations, categories
+        annotations: from `coco.read_coco`, with all sizes
     """
 
-    def __init__(self, instances: dict[str, Any]) -> None:
-        self.images = instances["images"]
-        classes = {c["id"]: i for i, c in enumerate(instances["categories"], 1)}
-        self.objects = {image["id"]: [] for image in self.images}
-        for annotation in instances["annotations"]:
-            crowd = annotation.get("iscrowd")
-            label = VOID if crowd else classes[annotation["category_id"]]
-            self.objects[annotation["image_id"]].append((label, annotation))
+    def __init__(self, annotations: CocoAnnotations) -> None:
+        self.names, self.sizes = annotations.names, annotations.sizes
+        self.objects: list[list[tuple[int, float | None, str]]] = []  # label, area, outline
+        for size, entries in progress_bar(zip(self.sizes, annotations.objects), "outlines"):
+            self.objects.append([])
+            for entry in entries:
+                try:
+                    outline = json.dumps(parse_outline(entry.get("segmentation"), size))
+                except UnusableAnnotation as e:
+                    annotations.skipped.add(e, entry["name"])
+                    continue
+                label = VOID if is_crowd(entry) else entry["label"]
+                self.objects[-1].append((label, _known_area(entry), outline))
+        annotations.skipped.report(annotations.total)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.names)
 
     def name(self, index: int) -> str:
         """File name of the image, as the mask has no file of its own.
@@ -376,22 +365,30 @@ class RasterizedMasks(ImageSource):
         Args:
             index: 0 .. len - 1
         """
-        return self.images[index]["file_name"]
+        return self.names[index]
 
     def read(self, index: int) -> np.ndarray:
-        """The mask: H x W uint8.
+        """The mask: H x W uint8, small objects over large ones.
 
         Args:
             index: 0 .. len - 1
         """
-        image = self.images[index]
-        mask = np.zeros((image["height"], image["width"]), np.uint8)
-        objects = sorted(self.objects[image["id"]], key=lambda item: -item[1]["area"])
-        for label, annotation in objects:
-            outline = annotation["segmentation"]
-            if outline:
-                mask[decode_mask(outline, *mask.shape) > 0] = label
+        width, height = self.sizes[index]
+        mask, objects = np.zeros((height, width), np.uint8), []
+        for label, area, outline in self.objects[index]:
+            if area is None:
+                area = int(decode_mask(outline, height, width).sum())
+            objects.append((area, label, outline))
+        for _, label, outline in sorted(objects, key=lambda item: -item[0]):
+            mask[decode_mask(outline, height, width) > 0] = label
         return mask
+
+
+def _known_area(entry: dict) -> float | None:
+    """The area of an annotation; None if it is missing or no positive number."""
+    area = entry.get("area")
+    is_number = isinstance(area, (int, float)) and not isinstance(area, bool)
+    return float(area) if is_number and 0 < area < 1e12 else None
 
 # %% ../../nbs/data/06_labels.ipynb #c034
 def coco_semantic(root: Path, split: str, folder: str) -> SegmentationDataset:
@@ -405,9 +402,12 @@ def coco_semantic(root: Path, split: str, folder: str) -> SegmentationDataset:
     names_file = root / "annotations/semantic_classes.json"
     classes = {value: f"category {value}" for value in range(92, 184)}
     if names_file.is_file():
-        classes = {int(v): name for v, name in json.loads(names_file.read_text()).items()}
+        classes = _semantic_classes(names_file)
     classes.pop(0, None)
     masks = sorted(n for n in os.listdir(root / "annotations" / folder) if n.endswith(".png"))
+    if not masks:
+        text = f"no masks in annotations/{folder}, PNGs of class numbers"
+        raise UsageError(f"--data-root {one_line(root)}: {text}")
     images = [f"{split}/{Path(name).stem}.jpg" for name in masks]
     return SegmentationDataset(
         require_files(root, images, "image"),
@@ -415,6 +415,16 @@ def coco_semantic(root: Path, split: str, folder: str) -> SegmentationDataset:
         classes.values(),
         class_lookup_table(list(classes), void=[0]),
     )
+
+
+def _semantic_classes(path: Path) -> dict[int, str]:
+    """The content of semantic_classes.json: value -> name of the class; raises `UsageError`."""
+    classes = {parse_id(value): name for value, name in load_json_object(path).items()}
+    valid = all(isinstance(value, int) and 0 <= value < VOID for value in classes)
+    if not classes or not valid or not all(isinstance(name, str) for name in classes.values()):
+        text = "needs an object such as {'1': 'person'}, with values of the masks from 0 to 254"
+        raise UsageError(f"{one_line(path)}: {text}")
+    return classes
 
 
 def coco_instances(root: Path, split: str) -> SegmentationDataset:
@@ -425,22 +435,19 @@ def coco_instances(root: Path, split: str) -> SegmentationDataset:
         split: name of the folder of images
     """
     require_package("pycocotools", "drawing masks from COCO's instances")
-    path = f"annotations/instances_{split}.json"
-    try:
-        instances = json.loads((root / path).read_bytes())
-    except (OSError, ValueError):
-        raise UsageError(
-            f"--data-root {one_line(root)}: {path} is missing or not a json; "
-            "COCO's masks are drawn from it"
-        ) from None
-    images = [f"{split}/{image['file_name']}" for image in instances["images"]]
-    classes = ["background", *(c["name"] for c in instances["categories"])]
-    return SegmentationDataset(
-        require_files(root, images, "image"),
-        RasterizedMasks(instances),
-        classes,
-        class_lookup_table(range(len(classes))),
-    )
+    path = root / f"annotations/instances_{split}.json"
+    annotations = read_coco(path)
+    if len(annotations.classes) > 254:
+        text = f"{len(annotations.classes)} categories, and a mask can hold 254"
+        raise UsageError(f"{one_line(path)}: {text}")
+    source = require_files(root, [f"{split}/{name}" for name in annotations.names], "image")
+    fill_sizes(annotations, source)
+    masks = RasterizedMasks(annotations)
+    if not any(masks.objects):
+        text = "no outline that can be drawn, so that every mask would be empty"
+        raise UsageError(f"{one_line(path)}: {text}")
+    classes = ["background", *annotations.classes]
+    return SegmentationDataset(source, masks, classes, class_lookup_table(range(len(classes))))
 
 # %% ../../nbs/data/06_labels.ipynb #c035
 def coco_segmentation(root: Path | str, split: str, labels: str = "auto") -> SegmentationDataset:

@@ -22,7 +22,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .decode import MAX_BYTES, CorruptImageError, decode_image, one_line
+from densecl.data.decode import (
+    MAX_BYTES,
+    CorruptImageError,
+    decode_image,
+    decode_labeled_image,
+    one_line,
+)
 from ..runtime.io import UsageError, atomic_write
 
 # %% ../../nbs/data/01_sources.ipynb #c008
@@ -75,6 +81,15 @@ class ImageSource:
             index: 0 .. len - 1
         """
         return decode_image(self.fetch(index), self.name(index))
+
+    def load_labeled(self, index: int, size: tuple[int, int] | None = None) -> Image.Image:
+        """The image in RGB in the pixels of its labels, see `decode.decode_labeled_image`.
+
+        Args:
+            index: 0 .. len - 1
+            size: (width, height) according to the labels; None: unknown
+        """
+        return decode_labeled_image(self.fetch(index), self.name(index), size)
 
     def load_or_replace(
         self, index: int, rng: np.random.Generator, tries: int = 50

@@ -50,7 +50,13 @@ from densecl.transfer.initialization import (
     build_resnet,
     convert_sync_bn,
 )
-from ..transfer.trials import Trial, iter_batches, train_trial, trial_loader
+from densecl.transfer.trials import (
+    Trial,
+    check_batch_size,
+    iter_batches,
+    train_trial,
+    trial_loader,
+)
 from ..visualize.plotting import CORRECT_COLOR, INCORRECT_COLOR, draw_boxes, panels
 
 # %% ../../nbs/detect/04_main.ipynb #c007
@@ -105,9 +111,10 @@ def open_splits(config: DetectConfig) -> tuple[DetectionDataset, DetectionDatase
     Args:
         config: `data_root`, `preset` and `eval_images` are used
     """
-    train = open_detection(config.data_root, "train", config.preset)
-    test = open_detection(config.data_root, "val", config.preset)
-    if config.preset == "coco" and not (train.has_masks and test.has_masks):
+    masks = config.detector != "c4"
+    train = open_detection(config.data_root, "train", config.preset, masks)
+    test = open_detection(config.data_root, "val", config.preset, masks)
+    if config.preset == "coco" and masks and not (train.has_masks and test.has_masks):
         raise UsageError(
             f"--data-root {config.data_root}: not every object has an outline, which Mask R-CNN "
             "learns from; without --preset, --detector fpn trains on the boxes alone"
@@ -118,6 +125,7 @@ def open_splits(config: DetectConfig) -> tuple[DetectionDataset, DetectionDatase
             f"--data-root {config.data_root}: no object that counts in the {len(scored)} images "
             "of val"
         )
+    check_batch_size(config, sum(not labels.crowd.all() for labels in train.annotations))
     return train, test
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.labels import encode_mask
+from ..data.coco import encode_mask
 from .boxes import ImageBoxes
 
 # %% ../../nbs/detect/01_average_precision.ipynb #c005

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['VOC_0712_SPLITS', 'ImageBoxes', 'make_image_boxes', 'DetectionDataset', 'read_voc_xml', 'find_voc_years',
-           'read_voc_split', 'voc_detection', 'parse_coco_image', 'find_coco_json', 'coco_detection', 'open_detection']
+           'read_voc_split', 'voc_detection', 'parse_coco_boxes', 'find_coco_json', 'coco_detection', 'open_detection']
 
 # %% ../../nbs/detect/00_boxes.ipynb #c002
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -17,9 +17,20 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
+from densecl.data.coco import (
+    CocoAnnotations,
+    SkippedAnnotations,
+    UnusableAnnotation,
+    check_box,
+    fill_sizes,
+    is_crowd,
+    parse_box,
+    parse_outline,
+    read_coco,
+)
 from ..data.decode import one_line
-from ..data.labels import VOC_CLASSES, require_files
-from ..data.sources import FileSource, ImageSource
+from ..data.labels import VOC_CLASSES, read_voc_list, require_files
+from ..data.sources import FileSource, ImageSource, progress_bar
 from ..runtime.io import UsageError, did_you_mean
 
 # %% ../../nbs/detect/00_boxes.ipynb #c009
@@ -110,7 +121,8 @@ class DetectionDataset:
         Args:
             i: index of the image; raises `CorruptImageError` when it cannot be decoded
         """
-        image, labels = self.images.load(i), self.annotations[i]
+        labels = self.annotations[i]
+        image = self.images.load_labeled(i, labels.size)
         if labels.size and image.size != labels.size:
             width, height = labels.size
             raise UsageError(
@@ -126,9 +138,10 @@ def _read_xml(path: Path) -> ElementTree.Element:
         return ElementTree.fromstring(path.read_bytes())
     except OSError:
         raise UsageError(f"{one_line(path)}: the labels of the image are missing") from None
-    except ElementTree.ParseError as e:
+    except (ElementTree.ParseError, ValueError, LookupError) as e:  # an unknown encoding
         raise UsageError(
-            f"{one_line(path)}: no XML ({e}); in VOC the boxes of an image are in an XML file"
+            f"{one_line(path)}: no XML ({one_line(e)}); "
+            "in VOC the boxes of an image are in an XML file"
         ) from None
 
 
@@ -152,18 +165,38 @@ def _voc_object(element: ElementTree.Element, classes: Sequence[str], path: Path
     return (x1 - 1, y1 - 1, x2, y2), classes.index(name) + 1, difficult, False, None
 
 # %% ../../nbs/detect/00_boxes.ipynb #c016
-def read_voc_xml(path: Path | str, classes: Sequence[str]) -> ImageBoxes:
+def _voc_size(root: ElementTree.Element, path: Path) -> tuple[int, int] | None:
+    """(width, height) of the image according to its labels, or None; raises `UsageError`."""
+    try:
+        width, height = (int(float(root.findtext(f"size/{k}") or 0)) for k in ("width", "height"))
+    except (ValueError, OverflowError):
+        raise UsageError(f"{one_line(path)}: the size is not two numbers of pixels") from None
+    return (width, height) if width > 0 and height > 0 else None
+
+
+def read_voc_xml(
+    path: Path | str, classes: Sequence[str], skipped: SkippedAnnotations | None = None
+) -> ImageBoxes:
     """Read the labels of a VOC annotation file; raises `UsageError` with the file's name.
 
     Args:
         path: an XML file
         classes: names of the classes 1, 2, ...
+        skipped: objects with an unusable box are added to it and left out
     """
     path = Path(path)
     root = _read_xml(path)
-    objects = [_voc_object(element, classes, path) for element in root.iter("object")]
-    width, height = (int(float(root.findtext(f"size/{k}") or 0)) for k in ("width", "height"))
-    return make_image_boxes(path.stem, (width, height) if width and height else None, objects)
+    size, objects = _voc_size(root, path), []
+    for element in root.iter("object"):
+        parsed = _voc_object(element, classes, path)
+        try:
+            check_box(parsed[0], size)
+        except UnusableAnnotation as e:
+            if skipped:
+                skipped.add(e, path.name)
+            continue
+        objects.append(parsed)
+    return make_image_boxes(path.stem, size, objects)
 
 # %% ../../nbs/detect/00_boxes.ipynb #c021
 # of the paper; train: 16,551 images, val: 4,952 images
@@ -199,16 +232,14 @@ def read_voc_split(
         list_name: name of the list, such as trainval
         classes: names of the classes 1, 2, ...
     """
-    lines = (base / "ImageSets/Main" / f"{list_name}.txt").read_text().splitlines()
-    names = [Path(line.split()[0]).stem for line in lines if line.strip()]
-    if not names:
-        raise UsageError(
-            f"--data-root {one_line(base)}: the list ImageSets/Main/{list_name}.txt is empty"
-        )
+    names = read_voc_list(base, list_name, "Main")
     files = {Path(file).stem: file for file in os.listdir(base / "JPEGImages")}
     paths = [f"{base.name}/JPEGImages/{files.get(name, name + '.jpg')}" for name in names]
     require_files(base.parent, paths, "image")
-    annotations = [read_voc_xml(base / "Annotations" / f"{name}.xml", classes) for name in names]
+    skipped, annotations = SkippedAnnotations(f"{base.name}/Annotations"), []
+    for name in progress_bar(names, "annotations"):
+        annotations.append(read_voc_xml(base / f"Annotations/{name}.xml", classes, skipped))
+    skipped.report(sum(len(labels.boxes) for labels in annotations) + skipped.count)
     return [str(base.parent / path) for path in paths], annotations
 
 # %% ../../nbs/detect/00_boxes.ipynb #c023
@@ -268,33 +299,52 @@ def voc_detection(
     return DetectionDataset(FileSource("", paths), annotations, classes, "voc")
 
 # %% ../../nbs/detect/00_boxes.ipynb #c031
-def parse_coco_image(
-    image: dict, objects: Iterable[dict], labels: Mapping[int, int], file_name: str
-) -> ImageBoxes:
-    """Parse the labels of one image of a COCO file; raises `UsageError` for an unknown category.
+def _coco_objects(
+    coco: CocoAnnotations, index: int, masks: bool
+) -> Iterator[tuple[tuple, UnusableAnnotation | None, str]]:
+    """(object for `make_image_boxes`, why its outline is unusable, name) of an image's objects."""
+    size = coco.sizes[index]
+    for entry in coco.objects[index]:
+        outline, reason = None, None
+        try:
+            box = parse_box(entry.get("bbox"), size)
+        except UnusableAnnotation as e:
+            coco.skipped.add(e, entry["name"])
+            continue
+        if masks:
+            try:
+                outline = json.dumps(parse_outline(entry.get("segmentation"), size))
+            except UnusableAnnotation as e:
+                reason = e
+        yield (box, entry["label"], False, is_crowd(entry), outline), reason, entry["name"]
+
+
+def parse_coco_boxes(coco: CocoAnnotations, masks: bool = True) -> list[ImageBoxes]:
+    """The labels of each image of a COCO file.
+
+    If every object has an outline, those with an unusable one are left out; otherwise no object
+    keeps an outline. What is left out is reported in one line.
 
     Args:
-        image: an entry of `images`
-        objects: its entries of `annotations`
-        labels: category number in the file -> class 1, 2, ...
-        file_name: name of the file, for the error
+        coco: from `coco.read_coco`, with all sizes
+        masks: read the outlines, too
     """
-    parsed = []
-    for entry in objects:
-        category = entry["category_id"]
-        if category not in labels:
-            raise UsageError(
-                f"{one_line(file_name)}: annotation {entry.get('id')} has category {category}, "
-                f"which is out of range; the file has {len(labels)} categories"
-            )
-        x, y, w, h = entry["bbox"]
-        if w <= 0 or h <= 0:
-            continue
-        outline = json.dumps(entry["segmentation"]) if entry.get("segmentation") else None
-        crowd = bool(entry.get("iscrowd"))
-        parsed.append(((x, y, x + w, y + h), labels[category], False, crowd, outline))
-    size = (image["width"], image["height"]) if "width" in image else None
-    return make_image_boxes(Path(image["file_name"]).stem, size, parsed)
+    indices = progress_bar(range(len(coco.names)), "annotations")
+    parsed = [list(_coco_objects(coco, index, masks)) for index in indices]
+    every = [(obj, reason) for objects in parsed for obj, reason, _ in objects]
+    missing = any(str(reason) == "without an outline" for _, reason in every)
+    masks = masks and not missing and any(reason is None for _, reason in every)
+    annotations = []
+    for name, size, objects in zip(coco.names, coco.sizes, parsed):
+        kept = []
+        for obj, reason, object_name in objects:
+            if masks and reason:
+                coco.skipped.add(reason, object_name)
+            else:
+                kept.append(obj if masks else (*obj[:-1], None))
+        annotations.append(make_image_boxes(Path(name).stem, size, kept))
+    coco.skipped.report(coco.total)
+    return annotations
 
 # %% ../../nbs/detect/00_boxes.ipynb #c032
 def find_coco_json(root: Path | str, split: str) -> Path:
@@ -314,50 +364,35 @@ def find_coco_json(root: Path | str, split: str) -> Path:
     )
     raise UsageError(message[:400])
 
-
-def _parse_coco(path: Path) -> tuple[list[dict], list[str], list[ImageBoxes]]:
-    """(entries of the images, class names, labels of the images); raises `UsageError`."""
-    try:
-        content = json.loads(path.read_bytes())
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        labels = {category["id"]: i for i, category in enumerate(categories, 1)}
-        objects = {image["id"]: [] for image in content["images"]}
-        for entry in content["annotations"]:
-            objects[entry["image_id"]].append(entry)
-        annotations = [
-            parse_coco_image(image, objects[image["id"]], labels, path.name)
-            for image in content["images"]
-        ]
-        return content["images"], [category["name"] for category in categories], annotations
-    except (ValueError, KeyError, TypeError) as e:
-        raise UsageError(
-            f"{one_line(path)}: not a COCO file of instances ({type(e).__name__}: {one_line(e)})"
-        ) from None
-
 # %% ../../nbs/detect/00_boxes.ipynb #c033
-def coco_detection(root: Path | str, split: str) -> DetectionDataset:
+def coco_detection(root: Path | str, split: str, masks: bool = True) -> DetectionDataset:
     """Open a split of a COCO dataset; raises `UsageError`.
 
     Args:
         root: folder with annotations/ and the folders of images
         split: train or val
+        masks: read the outlines, too
     """
     path = find_coco_json(root, split)
-    images, classes, annotations = _parse_coco(path)
+    coco = read_coco(path)
     folder = path.stem.removeprefix("instances_")
     if not (Path(root) / folder).is_dir():
         folder = f"images/{folder}"
-    source = require_files(root, [f"{folder}/{image['file_name']}" for image in images], "image")
-    return DetectionDataset(source, annotations, classes, "coco")
+    source = require_files(root, [f"{folder}/{name}" for name in coco.names], "image")
+    fill_sizes(coco, source)
+    return DetectionDataset(source, parse_coco_boxes(coco, masks), coco.classes, "coco")
 
 # %% ../../nbs/detect/00_boxes.ipynb #c039
-def open_detection(root: Path | str, split: str, preset: str = "") -> DetectionDataset:
+def open_detection(
+    root: Path | str, split: str, preset: str = "", masks: bool = True
+) -> DetectionDataset:
     """Open a split of a VOC or COCO dataset; raises `UsageError` when something is missing.
 
     Args:
         root: folder in the format of VOC or COCO
         split: train or val
         preset: voc: train on 07+12, test on 07; coco or empty: the dataset's own train and val
+        masks: read COCO's outlines, too
     """
     root = Path(root)
     name = one_line(root)
@@ -379,4 +414,4 @@ def open_detection(root: Path | str, split: str, preset: str = "") -> DetectionD
         )
     if is_voc:
         return voc_detection(root, split, VOC_0712_SPLITS if preset == "voc" else None)
-    return coco_detection(root, split)
+    return coco_detection(root, split, masks)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.transforms.functional import to_tensor
 
-from ..data.labels import decode_mask
+from ..data.coco import decode_mask
 from .average_precision import Detections, box_iou, coco_ap, voc_ap
 from .boxes import DetectionDataset, ImageBoxes
 from ..runtime import distributed
