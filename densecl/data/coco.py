@@ -19,9 +19,9 @@ from .sources import ImageSource, progress_bar
 from ..runtime.io import UsageError
 
 # %% auto #0
-__all__ = ['UnusableAnnotation', 'SkippedAnnotations', 'check_box', 'parse_box', 'decode_counts', 'parse_outline', 'encode_mask',
-           'decode_mask', 'parse_id', 'load_json_object', 'read_entries', 'CocoAnnotations', 'read_coco', 'fill_sizes',
-           'is_crowd']
+__all__ = ['VOID', 'UnusableAnnotation', 'SkippedAnnotations', 'check_box', 'parse_box', 'decode_counts', 'parse_outline',
+           'encode_mask', 'decode_mask', 'parse_id', 'load_json_object', 'read_entries', 'CocoAnnotations', 'read_coco',
+           'fill_sizes', 'is_crowd', 'RasterizedMasks']
 
 # %% ../../nbs/data/06_coco.ipynb #c005
 class UnusableAnnotation(ValueError):
@@ -379,3 +379,66 @@ def is_crowd(entry: dict) -> bool:
     """
     value = entry.get("iscrowd")
     return value is True or parse_id(value) not in (None, 0, "")
+
+# %% ../../nbs/data/06_coco.ipynb #c030
+VOID = 255  # value of pixels without a class
+
+
+def _known_area(entry: dict) -> float | None:
+    """The area of an annotation; None if it is missing or no positive number."""
+    area = entry.get("area")
+    is_number = isinstance(area, (int, float)) and not isinstance(area, bool)
+    return float(area) if is_number and 0 < area < 1e12 else None
+
+
+class RasterizedMasks(ImageSource):
+    """Masks drawn from COCO's instances when they are read.
+
+    Class 0 is the background, then follow the categories in the order of their ids; crowds are
+    void. Annotations without a usable outline are left out and reported in one line.
+
+    Args:
+        annotations: from `read_coco`, with all sizes
+    """
+
+    def __init__(self, annotations: CocoAnnotations) -> None:
+        self.names, self.sizes = annotations.names, annotations.sizes
+        self.objects: list[list[tuple[int, float | None, str]]] = []  # label, area, outline
+        for size, entries in progress_bar(zip(self.sizes, annotations.objects), "outlines"):
+            self.objects.append([])
+            for entry in entries:
+                try:
+                    outline = json.dumps(parse_outline(entry.get("segmentation"), size))
+                except UnusableAnnotation as e:
+                    annotations.skipped.add(e, entry["name"])
+                    continue
+                label = VOID if is_crowd(entry) else entry["label"]
+                self.objects[-1].append((label, _known_area(entry), outline))
+        annotations.skipped.report(annotations.total)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """File name of the image, as the mask has no file of its own.
+
+        Args:
+            index: 0 .. len - 1
+        """
+        return self.names[index]
+
+    def read(self, index: int) -> np.ndarray:
+        """The mask: H x W uint8, small objects over large ones.
+
+        Args:
+            index: 0 .. len - 1
+        """
+        width, height = self.sizes[index]
+        mask, objects = np.zeros((height, width), np.uint8), []
+        for label, area, outline in self.objects[index]:
+            if area is None:
+                area = int(decode_mask(outline, height, width).sum())
+            objects.append((area, label, outline))
+        for _, label, outline in sorted(objects, key=lambda item: -item[0]):
+            mask[decode_mask(outline, height, width) > 0] = label
+        return mask

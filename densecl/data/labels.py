@@ -19,19 +19,17 @@ import numpy as np
 from PIL import Image
 
 from densecl.data.coco import (
-    CocoAnnotations,
-    UnusableAnnotation,
-    decode_mask,
+    VOID,
+    RasterizedMasks,
+    decode_mask,  # noqa: F401, also imported from here
     encode_mask,  # noqa: F401, also imported from here
     fill_sizes,
-    is_crowd,
     load_json_object,
     parse_id,
-    parse_outline,
     read_coco,
 )
 from .decode import one_line
-from .sources import FileSource, ImageSource, progress_bar
+from .sources import FileSource, ImageSource
 from ..runtime.io import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -39,14 +37,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['VOID', 'VOC_CLASSES', 'CITYSCAPES_CLASSES', 'class_lookup_table', 'read_mask_values', 'values_to_classes',
+__all__ = ['VOC_CLASSES', 'CITYSCAPES_CLASSES', 'class_lookup_table', 'read_mask_values', 'values_to_classes',
            'SegmentationDataset', 'require_files', 'find_voc_root', 'voc_split_lists', 'read_voc_list',
-           'voc_segmentation', 'cityscapes_segmentation', 'require_package', 'RasterizedMasks', 'coco_semantic',
-           'coco_instances', 'coco_segmentation', 'open_segmentation', 'voc_colormap', 'overlay_mask',
-           'iou_from_confusion', 'mean_iou_from_confusion', 'mean_iou']
+           'voc_segmentation', 'cityscapes_segmentation', 'require_package', 'coco_semantic', 'coco_instances',
+           'coco_segmentation', 'open_segmentation', 'voc_colormap', 'overlay_mask', 'iou_from_confusion',
+           'mean_iou_from_confusion', 'mean_iou']
 
 # %% ../../nbs/data/06_labels.ipynb #c007
-VOID = 255  # value of pixels without a class
 VOC_CLASSES = shlex.split(
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
     "motorbike person pottedplant sheep sofa train tvmonitor"
@@ -329,66 +326,6 @@ def require_package(package: str, purpose: str) -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise UsageError(f"{purpose} needs {package}: pip install 'densecl[transfer]'")
-
-# %% ../../nbs/data/06_labels.ipynb #c033
-class RasterizedMasks(ImageSource):
-    """Masks drawn from COCO's instances when they are read.
-
-    Class 0 is the background, then follow the categories in the order of their ids; crowds are
-    void. Annotations without a usable outline are left out and reported in one line.
-
-    Args:
-        annotations: from `coco.read_coco`, with all sizes
-    """
-
-    def __init__(self, annotations: CocoAnnotations) -> None:
-        self.names, self.sizes = annotations.names, annotations.sizes
-        self.objects: list[list[tuple[int, float | None, str]]] = []  # label, area, outline
-        for size, entries in progress_bar(zip(self.sizes, annotations.objects), "outlines"):
-            self.objects.append([])
-            for entry in entries:
-                try:
-                    outline = json.dumps(parse_outline(entry.get("segmentation"), size))
-                except UnusableAnnotation as e:
-                    annotations.skipped.add(e, entry["name"])
-                    continue
-                label = VOID if is_crowd(entry) else entry["label"]
-                self.objects[-1].append((label, _known_area(entry), outline))
-        annotations.skipped.report(annotations.total)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def name(self, index: int) -> str:
-        """File name of the image, as the mask has no file of its own.
-
-        Args:
-            index: 0 .. len - 1
-        """
-        return self.names[index]
-
-    def read(self, index: int) -> np.ndarray:
-        """The mask: H x W uint8, small objects over large ones.
-
-        Args:
-            index: 0 .. len - 1
-        """
-        width, height = self.sizes[index]
-        mask, objects = np.zeros((height, width), np.uint8), []
-        for label, area, outline in self.objects[index]:
-            if area is None:
-                area = int(decode_mask(outline, height, width).sum())
-            objects.append((area, label, outline))
-        for _, label, outline in sorted(objects, key=lambda item: -item[0]):
-            mask[decode_mask(outline, height, width) > 0] = label
-        return mask
-
-
-def _known_area(entry: dict) -> float | None:
-    """The area of an annotation; None if it is missing or no positive number."""
-    area = entry.get("area")
-    is_number = isinstance(area, (int, float)) and not isinstance(area, bool)
-    return float(area) if is_number and 0 < area < 1e12 else None
 
 # %% ../../nbs/data/06_labels.ipynb #c034
 def coco_semantic(root: Path, split: str, folder: str) -> SegmentationDataset:
