@@ -26,13 +26,11 @@ from .augment import seeded
 from .config import DENSE_ONLY, Config, learning_rate, upgrade_config, validate_config
 from .correspondence import ground_truth_match, mean_pairwise_cosine
 from .data.dataset import HELD_OUT_PHOTOS, TileSource
-from .data.decode import CorruptImageError
 from densecl.data.loader import (
     CorruptImageCounter,
     DataWaitMonitor,
     build_loader,
     build_views,
-    release_traceback,
     to_device,
 )
 from .doctor import CollapseMonitor
@@ -45,6 +43,7 @@ from .runtime.checkpoint import RunWriter
 from .runtime.io import RunError, UsageError
 from .runtime.metrics import Meter, check_finite
 from .runtime.signals import StopSignal, raise_stopped
+from .runtime.workers import iter_batches
 from .variants import DenseCLVariant
 
 # %% ../nbs/09_trainer.ipynb #c009
@@ -406,17 +405,12 @@ def next_batch(batches: Iterator[dict[str, Any]], meter: Meter) -> dict[str, Any
     """The next batch of the loader.
 
     Args:
-        batches: an iterator over the loader; raises `RunError` when it finds no image that can
-            be decoded
+        batches: from `iter_batches`; raises `RunError` when it finds no image that can be decoded
         meter: the time spent waiting is added to its `data_wait`
     """
     start = time.perf_counter()
     try:
         return next(batches)
-    except CorruptImageError as e:
-        release_traceback(e)
-        text = str(e).strip().splitlines()[-1]  # of a worker: the last line of its traceback
-        raise RunError(text.split("CorruptImageError: ", 1)[-1]) from None
     finally:
         meter.data_wait += time.perf_counter() - start
 
@@ -498,7 +492,7 @@ def train(config: Config, views: Dataset | None = None) -> MoCo:
         if config.probe and state.step == 0:
             run_probes(state, writer)
         forward = wrap_model(state.model, config, device)
-        batches = iter(build_loader(config, views, state.step, last))
+        batches = iter_batches(build_loader(config, views, state.step, last), config.timeout)
         state.model.train()
         while state.step < last:
             batch = next_batch(batches, meter)

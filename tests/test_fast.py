@@ -15,8 +15,9 @@ from densecl.augment import AugmentConfig, TwoViews, denormalize
 from densecl.config import validate_config
 from densecl.data.dataset import open_source
 from densecl.data.fast_augment import FastViews
-from densecl.data.loader import KeyedDataset, build_loader, build_views, collate, init_worker
+from densecl.data.loader import KeyedDataset, build_loader, build_views, collate
 from densecl.runtime.io import UsageError
+from densecl.runtime.workers import init_worker
 from densecl.trainer import train
 from tiny import TINY
 

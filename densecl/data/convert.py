@@ -8,6 +8,7 @@ __all__ = ['RecordEncoder', 'exit_with_parent', 'map_chunk', 'ordered_map', 'put
            'finish_conversion', 'convert_to_lmdb']
 
 # %% ../../nbs/data/03_convert.ipynb #c004
+import errno
 import hashlib
 import io
 import json
@@ -32,7 +33,15 @@ from tqdm import tqdm
 from .decode import CorruptImageError, decode_image
 from .lmdb import FORMAT_VERSION, META_KEY, end_mark, file_crc32, record_key
 from .sources import ImageSource
-from ..runtime.io import RunError, UsageError, fsync_folder, lock_folder
+from densecl.runtime.io import (
+    RunError,
+    UsageError,
+    fsync_folder,
+    lock_folder,
+    machine_error,
+    sync_to_disk,
+)
+from ..runtime.workers import check_worker_limits, started_workers
 
 # %% ../../nbs/data/03_convert.ipynb #c010
 class RecordEncoder:
@@ -122,8 +131,10 @@ def ordered_map(
         return
     chunks = [indices[i : i + chunk_size] for i in range(0, len(indices), chunk_size)]
     pending = []
-    fork = multiprocessing.get_context("fork")
+    fork = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
     with ProcessPoolExecutor(workers, fork, exit_with_parent) as pool:
+        with started_workers():
+            pool.submit(int).result()  # starts the processes
         for chunk in chunks:
             pending.append((chunk, pool.submit(map_chunk, function, chunk)))
             if len(pending) == 2 * workers:
@@ -225,7 +236,7 @@ class UnfinishedDatabase:
             f.seek(size)
             f.write(end_mark(size, file_crc32(self.path, size)))
             f.flush()
-            os.fsync(f.fileno())
+            sync_to_disk(f.fileno(), self.path)
 
 # %% ../../nbs/data/03_convert.ipynb #c025
 def image_records(
@@ -306,7 +317,10 @@ def readable_conversion_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, lmdb.Error) as e:
         reason = getattr(e, "strerror", None) or e
+        full = isinstance(e, lmdb.Error) or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "is the disk full? Once it has space, the same command resumes"
+        if not full:
+            reason, remedy = machine_error(e) or reason, "the same command resumes"
         raise RunError(f"{path}: cannot be written ({reason}); {remedy}") from e
     except BrokenProcessPool as e:
         reason = "a worker was killed, perhaps because memory ran out"
@@ -363,6 +377,7 @@ def convert_to_lmdb(
     """
     path, encoder = Path(path), RecordEncoder(source, short_side, quality)
     check_lmdb_path(path)
+    check_worker_limits(workers if workers > 1 else 0, sockets=False)
     unfinished = path.with_name(path.name + ".unfinished")
     with readable_conversion_errors(path):
         unfinished.mkdir(exist_ok=True)

@@ -43,6 +43,7 @@ from densecl.detect.rcnn import (
     precise_bn,
 )
 from ..runtime.io import UsageError, option_name, run_command
+from ..runtime.workers import iter_batches
 from ..transfer.command import TransferTask, run_transfer, schedule_hint
 from densecl.transfer.initialization import (
     InitialWeights,
@@ -50,13 +51,7 @@ from densecl.transfer.initialization import (
     build_resnet,
     convert_sync_bn,
 )
-from densecl.transfer.trials import (
-    Trial,
-    check_batch_size,
-    iter_batches,
-    train_trial,
-    trial_loader,
-)
+from ..transfer.trials import Trial, check_batch_size, train_trial, trial_loader
 from ..visualize.plotting import CORRECT_COLOR, INCORRECT_COLOR, draw_boxes, panels
 
 # %% ../../nbs/detect/04_main.ipynb #c007

@@ -24,7 +24,7 @@ from ..data.coco import decode_mask
 from .average_precision import Detections, box_iou, coco_ap, voc_ap
 from .boxes import DetectionDataset, ImageBoxes
 from ..runtime import distributed
-from ..transfer.trials import iter_batches
+from ..runtime.workers import iter_batches, worker_options
 
 # %% ../../nbs/detect/03_finetune.ipynb #c006
 def resized_size(width: int, height: int, short_side: int, max_long_side: int) -> tuple[int, int]:
@@ -328,8 +328,8 @@ def predict(
     loader = DataLoader(
         TestDataset(dataset, short_side, max_long_side),
         sampler=indices,
-        num_workers=workers,
         collate_fn=collate_lists,
+        **worker_options(workers),
     )
     detections = {}
     for (image,), (index,) in iter_batches(loader):

@@ -14,10 +14,13 @@ from types import FrameType
 from typing import NoReturn
 
 from . import distributed
-from .io import RunStopped
+from .io import RunStopped, launch
 
 # %% ../../nbs/runtime/02_signals.ipynb #c007
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Windows has no SIGUSR1
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
 
 
 class StopSignal:
@@ -52,7 +55,7 @@ class StopSignal:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             hint = "; Ctrl-C again ends at once"
-        if first and os.environ.get("LOCAL_RANK", "0") == "0":
+        if first and launch().local_rank == 0:
             os.write(2, f"\n{self.received}: finishing the step, then saving{hint}\n".encode())
 
     def any_rank(self) -> bool:
@@ -86,4 +89,7 @@ def defer_signals(seconds: int = 60) -> None:
         seconds: time until the worker ends
     """
     for number in SIGNALS:
-        signal.signal(number, lambda *_: signal.alarm(seconds))
+        if hasattr(signal, "alarm"):
+            signal.signal(number, lambda *_: signal.alarm(seconds))
+        elif number != signal.SIGTERM:  # Windows
+            signal.signal(number, signal.SIG_IGN)

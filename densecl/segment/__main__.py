@@ -28,14 +28,14 @@ from densecl.data.labels import (
     overlay_mask,
     require_package,
 )
-from ..data.loader import init_worker
 from ..runtime import distributed
 from ..runtime.io import UsageError, run_command, switch
+from ..runtime.workers import iter_batches, worker_options
 from .fcn import build_fcn, fcn_losses, predict_full, predict_sliding
 from .transforms import SegmentationCrops, to_test_tensor
 from ..transfer.command import TransferTask, run_transfer, schedule_hint
 from ..transfer.initialization import InitialWeights, TransferConfig, convert_sync_bn
-from ..transfer.trials import Trial, iter_batches, train_trial, trial_loader
+from ..transfer.trials import Trial, train_trial, trial_loader
 from ..visualize.plotting import panels
 
 # %% ../../nbs/segment/02_main.ipynb #c006
@@ -151,8 +151,7 @@ def _predictions(
         TestDataset(dataset, standard_short_side(config)),
         batch_size=None,
         sampler=indices,
-        num_workers=config.workers,
-        worker_init_fn=init_worker,
+        **worker_options(config.workers),
     )
     hidden = True if distributed.rank() else None  # None: shown on a terminal only
     progress = tqdm(iter_batches(loader), "score", len(indices), disable=hidden, leave=False)
