@@ -476,7 +476,6 @@ def test_keypoints_and_disparities_refer_to_the_stored_pixels(tmp_path, orientat
         {"keypoints": [4, 4, 2, 12, 44]},
         {"keypoints": [4, 4, 2]},
         {"keypoints": [4, 4, 2, "x", 44, 2]},
-        {"category_id": "cat"},
     ],
 )
 def test_unusable_keypoints_are_left_out_and_named(tmp_path, capfd, fields):

@@ -19,9 +19,9 @@ from .sources import ImageSource, progress_bar
 from ..runtime.io import UsageError
 
 # %% auto #0
-__all__ = ['VOID', 'UnusableAnnotation', 'SkippedAnnotations', 'check_box', 'parse_box', 'decode_counts', 'parse_outline',
-           'encode_mask', 'decode_mask', 'parse_id', 'load_json_object', 'read_entries', 'CocoAnnotations', 'read_coco',
-           'fill_sizes', 'is_crowd', 'RasterizedMasks']
+__all__ = ['VOID', 'UnusableAnnotation', 'SkippedAnnotations', 'finite_numbers', 'check_box', 'parse_box', 'decode_counts',
+           'parse_outline', 'encode_mask', 'decode_mask', 'parse_id', 'load_json_object', 'read_entries',
+           'CocoAnnotations', 'read_coco', 'fill_sizes', 'is_crowd', 'RasterizedMasks']
 
 # %% ../../nbs/data/06_coco.ipynb #c005
 class UnusableAnnotation(ValueError):
@@ -69,8 +69,12 @@ class SkippedAnnotations:
         print(f"densecl: {text}", file=sys.stderr, flush=True)
 
 # %% ../../nbs/data/06_coco.ipynb #c008
-def _numbers(values: Any) -> np.ndarray | None:
-    """A list of finite numbers as float64; None for anything else."""
+def finite_numbers(values: Any) -> np.ndarray | None:
+    """A list of finite numbers as float64; None for anything else.
+
+    Args:
+        values: from a JSON file
+    """
     if not isinstance(values, list):
         return None
     try:
@@ -115,7 +119,7 @@ def parse_box(box: Any, size: tuple[int, int] | None = None) -> tuple[float, flo
         box: `bbox` of an annotation: x, y, width, height in pixels
         size: (width, height) of the image, or None
     """
-    numbers = _numbers(box)
+    numbers = finite_numbers(box)
     if numbers is None or len(numbers) != 4:
         raise UnusableAnnotation("without a box of four finite numbers")
     x, y, width, height = numbers.tolist()
@@ -129,7 +133,7 @@ def decode_counts(counts: list | str) -> np.ndarray:
         counts: a list of whole numbers, or COCO's compressed text
     """
     if isinstance(counts, list):
-        numbers = _numbers(counts)
+        numbers = finite_numbers(counts)
         if numbers is None or (numbers != numbers.round()).any():
             raise UnusableAnnotation("with malformed run lengths")
         return numbers.astype(np.int64)
@@ -160,7 +164,7 @@ def _check_run_lengths(outline: dict, size: tuple[int, int]) -> None:
 
 def _check_polygon(polygon: list, size: tuple[int, int]) -> None:
     """Raise `UnusableAnnotation` if a polygon is malformed or far outside of the image."""
-    numbers = _numbers(polygon)
+    numbers = finite_numbers(polygon)
     if numbers is None or len(numbers) % 2:
         raise UnusableAnnotation("with a polygon that is not a list x, y, x, y, ... of numbers")
     if _is_far(numbers.reshape(-1, 2), size):
@@ -287,7 +291,7 @@ class CocoAnnotations(NamedTuple):
         names: file name of each image
         sizes: (width, height) of each image, or None
         classes: names of the classes 1, 2, ..., in the order of the categories' ids
-        objects: annotations of each image, with the class in `label` and its name in `name`
+        objects: annotations of each image, with class `label` and `name` added
         total: number of annotations in the file
         skipped: the annotations that are left out
         categories: the entries of `categories`, in the order of the classes
@@ -347,7 +351,7 @@ def read_coco(path: Path | str) -> CocoAnnotations:
             raise UsageError(f"{one_line(path)}: {one_line(text)[:200]}; {end}")
         entry["label"], image = label, parse_id(entry.get("image_id"))
         if image in objects:
-            objects[image].append(entry)
+            objects[image].append(entry | {"image_id": image})
         else:
             skipped.add("of images that are not in the file", entry["name"])
     names = [image["file_name"] for image in images.values()]

@@ -8,7 +8,6 @@ __all__ = ['UPSAMPLE', 'TOLERANCES', 'sample_features', 'predict_points', 'Keypo
            'common_points', 'keypoint_probe', 'keypoint_figure']
 
 # %% ../../nbs/evaluate/03_keypoints.ipynb #c002
-import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -23,8 +22,16 @@ from torch import Tensor
 
 from ..augment import normalize
 from ..correspondence import cell_centers
-from ..data.decode import decode_image
+from densecl.data.coco import (
+    CocoAnnotations,
+    UnusableAnnotation,
+    finite_numbers,
+    parse_box,
+    read_coco,
+)
+from ..data.decode import decode_labeled_image, one_line
 from ..data.labels import find_voc_root, read_voc_list
+from ..data.sources import progress_bar
 from ..encoder import Encoder, l2_normalize
 from .features import encode_images, evenly_spaced
 from ..runtime.io import UsageError
@@ -72,7 +79,7 @@ class KeypointDataset(NamedTuple):
         points: N x K x 2, (x, y) in the unit square of the crop
         visible: N x K bool, whether the point is annotated and inside the crop
         categories: N, the class of each animal
-        image_ids: N, the id of the image that it was cropped from
+        image_ids: N, number of the image that it was cropped from
         names: K names of the keypoints
     """
 
@@ -135,13 +142,40 @@ class KeypointAnnotations(NamedTuple):
         animals: annotations with enough keypoints, sorted by image
         files: image id -> file name
         names: names of the keypoints
+        sizes: image id -> (width, height), or None
     """
 
     animals: list[dict]
-    files: dict[int, str]
+    files: dict[int | str, str]
     names: list[str]
+    sizes: dict[int | str, tuple[int, int] | None]
 
 # %% ../../nbs/evaluate/03_keypoints.ipynb #c018
+def _has_points(entry: dict, num_names: int, min_points: int) -> bool:
+    """Whether enough keypoints are annotated; raises `UnusableAnnotation`."""
+    numbers = finite_numbers(entry.get("keypoints"))
+    if numbers is None or len(numbers) != 3 * num_names:
+        raise UnusableAnnotation(f"without {num_names} keypoints of three numbers x, y, mark")
+    return int((numbers[2::3] > 0).sum()) >= min_points
+
+
+def _select_animals(
+    coco: CocoAnnotations, num_names: int, min_points: int, names: set[str] | None
+) -> list[dict]:
+    """The annotations with enough keypoints in the images of these names, sorted by image."""
+    animals = []
+    for file, size, entries in zip(coco.names, coco.sizes, coco.objects):
+        for entry in entries if names is None or Path(file).stem in names else ():
+            try:
+                if _has_points(entry, num_names, min_points):
+                    parse_box(entry.get("bbox"), size)
+                    animals.append(entry)
+            except UnusableAnnotation as e:
+                coco.skipped.add(e, entry["name"])
+    coco.skipped.report(coco.total)
+    return sorted(animals, key=lambda a: (isinstance(a["image_id"], str), a["image_id"]))
+
+
 def read_annotations(path: Path | str, split: str, min_points: int) -> KeypointAnnotations:
     """Read a COCO keypoint json; raises `UsageError` for any other file.
 
@@ -150,29 +184,21 @@ def read_annotations(path: Path | str, split: str, min_points: int) -> KeypointA
         split: where the file is in a VOC tree, only images of this split are used
         min_points: keypoints that an animal must have
     """
-    folder = Path(path).parent
+    folder, coco = Path(path).parent, read_coco(path)
     has_list = (folder / f"ImageSets/Segmentation/{split}.txt").is_file()
     names = set(read_voc_list(folder, split)) if has_list else None
-    try:
-        content = json.loads(Path(path).read_bytes())
-        files = {image["id"]: image["file_name"] for image in content["images"]}
-        animals = [
-            animal
-            for animal in content["annotations"]
-            if sum(mark > 0 for mark in animal["keypoints"][2::3]) >= min_points
-            and (names is None or Path(files[animal["image_id"]]).stem in names)
-        ]
-        keypoint_names = content["categories"][0]["keypoints"]
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise UsageError(
-            f"--data-root {path}: not a COCO keypoint json; it needs images, annotations with "
-            "keypoints, categories"
-        ) from None
+    keypoint_names = coco.categories[0].get("keypoints")
+    if not isinstance(keypoint_names, list) or not keypoint_names:
+        text = "not a COCO keypoint json, its categories have no list of keypoints"
+        raise UsageError(f"--data-root {one_line(path)}: {text}")
+    animals = _select_animals(coco, len(keypoint_names), min_points, names)
     if len(animals) < 2:
         few = f"fewer than two animals with at least {min_points} keypoints"
-        raise UsageError(f"--data-root {path}: {few}")
-    animals.sort(key=lambda animal: animal["image_id"])
-    return KeypointAnnotations(animals, files, keypoint_names)
+        raise UsageError(f"--data-root {one_line(path)}: {few}")
+    ids = {entries[0]["image_id"]: i for i, entries in enumerate(coco.objects) if entries}
+    files = {value: coco.names[i] for value, i in ids.items()}
+    sizes = {value: coco.sizes[i] for value, i in ids.items()}
+    return KeypointAnnotations(animals, files, keypoint_names, sizes)
 
 # %% ../../nbs/evaluate/03_keypoints.ipynb #c020
 def open_keypoints(
@@ -188,12 +214,13 @@ def open_keypoints(
         min_points: keypoints that an animal must have
     """
     path, folder = find_keypoint_file(root)
-    animals, files, names = read_annotations(path, split, min_points)
+    animals, files, names, sizes = read_annotations(path, split, min_points)
     animals = [animals[i] for i in evenly_spaced(len(animals), limit)]
     images, keypoints = [], []
-    for animal in animals:
-        image = _read_image(path, folder / files[animal["image_id"]])
-        crop, left, top, side = crop_square(image, animal["bbox"], size)
+    for animal in progress_bar(animals, "images"):
+        image_id = animal["image_id"]
+        image = _read_image(path, folder / files[image_id], sizes[image_id])
+        crop, left, top, side = crop_square(image, _checked_box(path, animal, image), size)
         xym = torch.tensor(animal["keypoints"], dtype=torch.float32).view(-1, 3)  # x, y, mark
         xy = (xym[:, :2] - torch.tensor([left, top])) / side
         images.append(crop)
@@ -201,16 +228,32 @@ def open_keypoints(
     keypoints = torch.stack(keypoints)  # N x K x 3
     points, annotated = keypoints[..., :2], keypoints[..., 2] > 0
     inside = ((points >= 0) & (points <= 1)).all(2)
-    categories = torch.tensor([animal["category_id"] for animal in animals])
-    image_ids = torch.tensor([animal["image_id"] for animal in animals])
+    categories = torch.tensor([animal["label"] for animal in animals])
+    numbers = {value: i for i, value in enumerate(files)}
+    image_ids = torch.tensor([numbers[animal["image_id"]] for animal in animals])
     return KeypointDataset(images, points, annotated & inside, categories, image_ids, names)
 
 
-def _read_image(annotations: Path, path: Path) -> Image.Image:
+def _read_image(annotations: Path, path: Path, size: tuple[int, int] | None) -> Image.Image:
+    """The image in the pixels that the keypoints refer to; raises `UsageError`."""
     try:
-        return decode_image(path.read_bytes(), path)
+        image = decode_labeled_image(path.read_bytes(), path, size)
     except OSError as e:
         raise UsageError(f"--data-root {annotations}: its image {path}: {e.strerror}") from None
+    if size and image.size != size:
+        text = f"its labels are for an image of {size[0]} x {size[1]}, this one has"
+        raise UsageError(f"{one_line(path)}: {text} {image.size[0]} x {image.size[1]}")
+    return image
+
+
+def _checked_box(annotations: Path, animal: dict, image: Image.Image) -> list[float]:
+    """The animal's box, if it is in the image; raises `UsageError`."""
+    try:
+        parse_box(animal["bbox"], image.size)
+    except UnusableAnnotation as e:
+        text = f"{animal['name']} is one {e}; take it out"
+        raise UsageError(f"--data-root {one_line(annotations)}: {text}") from None
+    return animal["bbox"]
 
 # %% ../../nbs/evaluate/03_keypoints.ipynb #c026
 def sample_pairs(dataset: KeypointDataset, n: int = 1000, seed: int = 0) -> Tensor:

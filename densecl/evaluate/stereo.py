@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..augment import normalize
 from ..correspondence import cell_centers
-from ..data.decode import decode_image
+from ..data.decode import decode_labeled_image
 from ..encoder import Encoder
 from .features import encode_images
 from .keypoints import predict_points
@@ -52,20 +52,23 @@ def open_stereo_pair(root: Path | str = "") -> StereoPair:
 
         left, right, disparity = stereo_motorcycle()
         return StereoPair(Image.fromarray(left), Image.fromarray(right), disparity)
-    left, right = (_read_side(Path(root), name) for name in ("left", "right"))
+    paths = [_find_side(Path(root), name) for name in ("left", "right")]
     try:
         disparity = np.load(Path(root) / "disparity.npy", allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError, TypeError):
         raise UsageError(
             f"--data-root {root}: no disparity.npy with an array of numbers, one per pixel of the "
             "left image"
         ) from None
-    if disparity.shape != left.size[::-1] or left.size != right.size:
+    size = disparity.shape[::-1]
+    left, right = (decode_labeled_image(path.read_bytes(), path, size) for path in paths)
+    if left.size != size or right.size != size:
         raise UsageError(f"--data-root {root}: left, right and disparity.npy must have one size")
     return StereoPair(left, right, disparity)
 
 
-def _read_side(root: Path, name: str) -> Image.Image:
+def _find_side(root: Path, name: str) -> Path:
+    """The file of an image of the pair; raises `UsageError`."""
     candidates = [root / f"{name}{suffix}" for suffix in (".png", ".jpg", ".jpeg")]
     files = [path for path in candidates if path.is_file()]
     if not files:
@@ -73,7 +76,7 @@ def _read_side(root: Path, name: str) -> Image.Image:
             f"--data-root {root}: no {name}.png or {name}.jpg; a stereo pair is left, right and "
             "disparity.npy"
         )
-    return decode_image(files[0].read_bytes(), files[0])
+    return files[0]
 
 # %% ../../nbs/evaluate/04_stereo.ipynb #c010
 COLOR_CHANGE = (("brightness", 0.7), ("contrast", 1.3), ("saturation", 0.5), ("hue", 0.12))
