@@ -86,7 +86,7 @@ def workers_memory(read, indices, workers):
 
 def measure_here(kind, n, workers):
     """Measure one size in this process; the cache folder is that of the environment."""
-    cache, row = cache_path("folder1", f"{n} generated names"), {}
+    cache, row = cache_path("folder2", f"{n} generated names"), {}
     if kind == "write":
         names = list(imagenet_names(n))
         packed, row["pack_s"] = timed(PackedStrings.pack, names)

@@ -26,7 +26,12 @@ class Config:
 
     data_root: str = ""
     """folder of images (any depth) or of .tar shards, list .txt, COCO .json, .lmdb, .tar, or
-    "photos": the embedded photographs"""
+    "builtin:photos": the embedded photographs"""
+    include: str = ""
+    """use only these images of data_root: patterns of names, folders, or keys such as jpg, with
+    commas"""
+    exclude: str = ""
+    """leave out these images of data_root, such as label masks: "*annot,seg.png"; like include"""
     out: str = ""
     """run folder; empty: runs/PRESET"""
     method: Literal["densecl", "mocov2"] = "densecl"
@@ -152,7 +157,7 @@ IMAGENET = Config(data_root="data/imagenet/train", epochs=200, lr=0.03)
 
 # 540 tiles of the embedded photographs // 32 = 16 steps per epoch, 1200 steps
 DEMO = Config(
-    data_root="photos",
+    data_root="builtin:photos",
     backbone="resnet18-layer3",
     epochs=75,
     batch_size=32,
@@ -275,14 +280,19 @@ def check_paths(config: Config, need_data: bool = True) -> None:
     if need_data and not config.data_root:
         raise UsageError(
             "--data-root is empty; give a folder of images, a list .txt, a COCO .json, an .lmdb, "
-            ".tar shards, or photos (the embedded photographs)"
+            ".tar shards, or builtin:photos (the embedded photographs)"
         )
     labeled = [name for name in config.probe.split(",") if name in LABELED_PROBES]
     if labeled and not config.probe_root:
         raise UsageError(
             f"--probe {config.probe}: {labeled[0]} needs --probe-root, a folder with labels"
         )
-    if config.probe_root and not Path(config.probe_root).exists():
+    if config.probe_root == "photos" and Path("photos").exists():
+        raise UsageError(
+            "--probe-root photos: a name with two meanings; give ./photos for the one that is "
+            "here, builtin:photos for the embedded photographs"
+        )
+    if config.probe_root not in ("", "builtin:photos") and not Path(config.probe_root).exists():
         raise UsageError(f"--probe-root {config.probe_root}: not there; give a folder of images")
     if config.resume not in ("auto", "never") and not Path(config.resume).is_file():
         raise UsageError(
@@ -386,6 +396,7 @@ RENAMED_FIELDS = {
     "match_warmup": "geometry_warmup",
 }
 RENAMED_VALUES = {
+    "data_root": {"photos": "builtin:photos"},  # as a saved value it never was a path
     "match": {"true": "geometry", "agreed": "verified", "centred": "centered"},
     "negatives": {"own": "intra-image"},
 }

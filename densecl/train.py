@@ -24,7 +24,7 @@ from densecl.config import (
     presets,
     validate_config,
 )
-from .data.dataset import open_source
+from .data.dataset import image_hints, open_source
 from densecl.runtime.io import (
     Parser,
     UsageError,
@@ -159,13 +159,14 @@ def main(argv: list[str]) -> None:
     config, world_size = args.config, int(os.environ.get("WORLD_SIZE", "1"))
     first = os.environ.get("RANK", "0") == "0"
     validate_config(config, world_size, need_data=True)
-    images = len(open_source(config.data_root))
+    source = open_source(config.data_root, config.include, config.exclude)
+    images = len(source)
     if config.batch_size > images:
         raise UsageError(
             f"--batch-size {config.batch_size}: more than the {images} images of {config.data_root}"
         )
     if first:
-        for hint in config_hints(config, presets[args.preset], images):
+        for hint in [*config_hints(config, presets[args.preset], images), *image_hints(source)]:
             print(f"hint: {hint}", file=sys.stderr)
         if config.dry_run:
             print(run_plan(config, images, world_size), flush=True)

@@ -176,7 +176,7 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
     in_folder = config.resume in ("auto", "never")
     checkpoint.check_same_run(
         asdict(Config()) | upgrade_config(saved),
-        asdict(config),
+        upgrade_config(asdict(config)),
         CHANGEABLE_FIELDS,
         f"--out {config.out}" if in_folder else f"--resume {config.resume}",
         "give another --out, the same options, or --resume never",

@@ -434,9 +434,9 @@ def test_a_large_folder_is_searched_once(tmp_path, monkeypatch):
         os.utime(root / name, (time.time() - 60,) * 2)
     names, searched, scan_folder = list(list_images(str(root))), [], sources.scan_folder
 
-    def recording_scan(folder):
+    def recording_scan(folder, is_excluded):
         searched.append(folder)
-        return scan_folder(folder)
+        return scan_folder(folder, is_excluded)
 
     monkeypatch.setattr(sources, "scan_folder", recording_scan)
     assert list(list_images(str(root))) == names and not searched
@@ -445,7 +445,7 @@ def test_a_large_folder_is_searched_once(tmp_path, monkeypatch):
     os.utime(root / "b/c", (time.time() - 50,) * 2)
     list_images(str(root))
     searched.clear()
-    cache = cache_path("folder1", root)
+    cache = cache_path("folder2", root)
     complete = cache.read_bytes()
     for damaged in (complete[: len(complete) // 2], b"", os.urandom(1000)):
         cache.write_bytes(damaged)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['COCO_PARTS', 'IMAGENET_PARTS', 'VOC_PARTS', 'CITYSCAPES_PARTS', 'LAYOUTS', 'DatasetPart', 'DatasetLayout',
            'count_class_folders', 'is_on_path', 'recognize_layout', 'describe_part', 'describe_layout',
-           'suggest_command', 'describe_dataset', 'parser', 'check_lmdb_arguments', 'write_lmdb', 'main']
+           'suggest_command', 'hint_lines', 'describe_dataset', 'parser', 'check_lmdb_arguments', 'write_lmdb', 'main']
 
 # %% ../../nbs/data/10_main.ipynb #c004
 import os
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +19,17 @@ from typing import NamedTuple
 
 from ..config import presets, scaled_lr
 from .convert import convert_to_lmdb
-from .dataset import EXPECTED_SOURCE, find_source_type, open_source
+from densecl.data.dataset import (
+    EXPECTED_SOURCE,
+    check_reserved_word,
+    find_source_type,
+    image_hints,
+    open_source,
+    select_images,
+)
 from .decode import one_line
 from .lmdb import verify_lmdb
-from .sources import coco_source, is_image_file, list_images
+from .sources import ImageSource, coco_source, list_images, warn_once
 from ..runtime.io import Parser, UsageError, run_command
 
 # %% ../../nbs/data/10_main.ipynb #c008
@@ -198,7 +206,7 @@ def suggest_command(root: Path | str, images: int, preset: str = _COCO_PRESET) -
         images: number of images in it
         preset: the preset to start from
     """
-    arguments = f"-m densecl.train {preset} --data-root {one_line(root)}"
+    arguments = f"-m densecl.train {preset} --data-root {shlex.quote(one_line(root))}"
     if images >= 50_000:
         return f"torchrun --nproc_per_node=8 {arguments}"
     batch_size = min(64, images)
@@ -208,27 +216,43 @@ def suggest_command(root: Path | str, images: int, preset: str = _COCO_PRESET) -
     return f"python {arguments} {options}"
 
 # %% ../../nbs/data/10_main.ipynb #c022
-def describe_dataset(root: Path | str) -> list[str]:
+def hint_lines(source: ImageSource) -> list[str]:
+    """The lines about images that may not be meant for training.
+
+    Args:
+        source: the images
+    """
+    return [f"hint: {hint}" for hint in image_hints(source)]
+
+
+def describe_dataset(root: Path | str, include: str = "", exclude: str = "") -> list[str]:
     """Lines that tell which dataset this is, what is missing, and how to train on it.
 
     Raises `UsageError` if it is missing or of no known kind.
 
     Args:
         root: a folder, a file, or a range of shards
+        include: see `dataset.select_images`
+        exclude: see `dataset.select_images`
     """
     layout = None
-    if os.path.isdir(root):
+    check_reserved_word(root)
+    if os.path.isdir(root) and not include and not exclude:
         layout, layout_root = recognize_layout(root)
     if not layout:
-        description, images = find_source_type(root).description, len(open_source(root))
-        lines = [f"{description}: {images:,} images in {one_line(root)}"]
-        return [*lines, f"train: {suggest_command(root, images)}"]
+        source, kind = open_source(root, include, exclude), find_source_type(root)
+        command = suggest_command(root, len(source))
+        for option, patterns in (("--include", include), ("--exclude", exclude)):
+            command += f" {option} {shlex.quote(one_line(patterns))}" if patterns else ""
+        lines = [f"{kind.description}: {len(source):,} images in {one_line(root)}"]
+        return [*lines, *hint_lines(source), f"train: {command}"]
     if not Path(root).is_absolute():
         layout_root = Path(os.path.relpath(layout_root))
     lines = describe_layout(layout, layout_root)
     train_root = layout_root / layout.train_path
     images = len(list_images(str(train_root))) if train_root.is_dir() else 0
     if images:
+        lines += hint_lines(open_source(train_root))
         lines.append(f"train: {suggest_command(train_root, images, layout.preset)}")
     return lines
 
@@ -247,9 +271,16 @@ def parser() -> Parser:
         "check", prog="densecl data check", help="which dataset, what is missing, how to train"
     )
     check.add_argument("root", help="a folder or file")
+    _add_pattern_arguments(check)
     return main
 
 # %% ../../nbs/data/10_main.ipynb #c030
+def _add_pattern_arguments(parser: Parser) -> None:
+    text = "patterns of names, folders, or keys such as seg.png, with commas"
+    parser.add_argument("--include", default="", help=f"use only these images: {text}")
+    parser.add_argument("--exclude", default="", help=f"leave these images out: {text}")
+
+
 def _add_lmdb_arguments(parser: Parser) -> None:
     parser.add_argument("src", help=EXPECTED_SOURCE.removeprefix("give "))
     parser.add_argument(
@@ -258,6 +289,7 @@ def _add_lmdb_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--images", help="folder of the images of a COCO json, if it is not beside `annotations`"
     )
+    _add_pattern_arguments(parser)
     parser.add_argument(
         "--short-side",
         type=int,
@@ -306,7 +338,13 @@ def write_lmdb(args: Namespace) -> str:
         args: the parsed arguments of `densecl data lmdb`
     """
     check_lmdb_arguments(args)
-    source = coco_source(args.src, args.images) if args.images else open_source(args.src)
+    patterns = (args.include, args.exclude)
+    if args.images:
+        source = select_images(coco_source(args.src, args.images), *patterns)
+    else:
+        source = open_source(args.src, *patterns)
+    for hint in image_hints(source):
+        warn_once(f"hint: {hint}")
     quality = args.quality or 90
     metadata = convert_to_lmdb(source, args.dst, args.short_side, quality, args.workers)
     text = f"{one_line(args.dst)}: {metadata['count']} images"
@@ -329,12 +367,12 @@ def main(argv: list[str]) -> None:
         if args.what == "verify":
             print(f"{verify_lmdb(args.dst)} images, complete")
         if args.what == "check":
-            print("\n".join(describe_dataset(args.root)))
+            print("\n".join(describe_dataset(args.root, args.include, args.exclude)))
     except UsageError as e:
         # --data-root is an option of the training command, not of this one
         raise type(e)(str(e).removeprefix("--data-root ")) from None
     except OSError as e:
-        raise UsageError(f"{one_line(e.filename)}: {e.strerror}") from e
+        raise UsageError(f"{one_line(e.filename)[:500]}: {e.strerror}") from e
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -302,6 +302,9 @@ def check_lmdb_path(path: Path) -> None:
         raise UsageError(f"{path}: its name must end in .lmdb, such as {example}")
     if path.is_dir():
         raise UsageError(f"{path}: a folder; give another name, a database is a single file")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: neither a file nor a folder; give another name")
+    path.with_name(path.name + ".unfinished").exists()  # raises `OSError` if that is too long
     if not path.parent.is_dir():
         raise UsageError(f"{path}: its folder {path.parent} is not there")
 

@@ -111,6 +111,8 @@ def check_finished(path: Path | str) -> tuple[int, int]:
         remedy = "a database of densecl is a single file; " + remedy
     if path.is_dir():
         reason = "a folder; a database of densecl is a single file"
+    elif path.exists() and not path.is_file():  # reading a pipe would block forever
+        reason = "neither a file nor a folder"
     elif path.exists():
         mark = read_end_mark(path)
         if mark:

@@ -69,7 +69,7 @@ def build_views(config: Config) -> TwoViews:
             f"--augment {config.augment}: {e}; pip install opencv-python-headless simplejpeg, "
             "or --augment reference"
         ) from None
-    source = open_source(config.data_root)
+    source = open_source(config.data_root, config.include, config.exclude)
     return pipeline(source, AugmentConfig(size=config.image_size), config.seed)
 
 # %% ../../nbs/data/09_loader.ipynb #c013
