@@ -1,10 +1,13 @@
 """COCO files with wrong annotations, orientation tags of labeled images, precise BN, progress."""
 
+import io
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from densecl.data import decode
@@ -12,6 +15,7 @@ from densecl.data.labels import open_segmentation
 from densecl.detect import __main__ as detect
 from densecl.detect.average_precision import Detections
 from densecl.detect.finetune import TrainDataset, score_detections
+from densecl.detect.rcnn import precise_bn
 from densecl.evaluate.keypoints import open_keypoints
 from densecl.evaluate.stereo import open_stereo_pair
 from densecl.runtime.io import UsageError
@@ -489,9 +493,33 @@ def test_unusable_keypoints_are_left_out_and_named(tmp_path, capfd, fields):
     assert error.count("\n") == 1 and "1 of 3 annotations" in error and "annotation 0" in error
 
 
-def test_a_short_run_measures_bn_on_no_more_batches_than_it_has_trained(coco, tmp_path, capfd):
+class Terminal(io.StringIO):
+    """A text file that is a terminal, so that progress bars are written to it."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_short_run_measures_bn_on_no_more_batches_than_it_trained_on(coco, tmp_path, monkeypatch):
+    sizes = []
+
+    def counted(model, batches):
+        batches = [sizes.append(len(images)) or (images, targets) for images, targets in batches]
+        precise_bn(model, batches)
+
     argv = ["--weights", "random", "--backbone", "resnet18", "--data-root", str(coco)]
-    argv += ["--out", str(tmp_path / "run"), "--max-steps", "2", "--batch-size", "2"]
-    argv += ["--short-side", "32", "--roi-batch-size", "4", "--proposals", "8", "--workers", "0"]
-    detect.main([*argv, "--threads", "1", "--device", "cpu"])
-    assert (tmp_path / "run/results.json").exists()
+    argv += ["--detector", "c4", "--max-steps", "2", "--batch-size", "2", "--short-side", "32"]
+    argv += ["--roi-batch-size", "4", "--roi-size", "2", "--proposals", "8", "--workers", "0"]
+    argv += ["--threads", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(detect, "precise_bn", counted)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    detect.main(argv)
+    assert sizes == [2, 2]  # not 200 batches
+    assert "precise BN" in sys.stderr.getvalue() and "score" in sys.stderr.getvalue()
+
+    # a run that was killed while it was scored ends with the same scores
+    result = (tmp_path / "run/trial-0/result.json").read_text()
+    (tmp_path / "run/trial-0/result.json").unlink()
+    torch.manual_seed(5)
+    detect.main(argv)
+    assert (tmp_path / "run/trial-0/result.json").read_text() == result

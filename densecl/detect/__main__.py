@@ -29,6 +29,7 @@ from densecl.detect.finetune import (
     correct_detections,
     parameter_groups,
     predict_all,
+    progress,
     scale_schedule,
     score_detections,
     to_device,
@@ -42,6 +43,7 @@ from densecl.detect.rcnn import (
     mask_rcnn_fpn,
     precise_bn,
 )
+from ..runtime import distributed
 from ..runtime.io import UsageError, option_name, run_command
 from ..runtime.workers import iter_batches
 from ..transfer.command import TransferTask, run_transfer, schedule_hint
@@ -79,7 +81,8 @@ class DetectConfig(TransferConfig):
     roi_size: int = 14
     """cells along a side of a region, c4"""
     precise_bn_iters: int = 200
-    """batches on which BN statistics are measured before the test; 0: keep the running ones"""
+    """batches on which BN statistics are measured before the test, at most max_steps; 0: keep the
+    running ones"""
 
 
 PRESETS = {
@@ -182,9 +185,7 @@ def train_and_score(
     longest = schedule.max_long_side
     data = TrainDataset(train, schedule.short_sides, longest, trial.seed, masks)
     _train(trial, model, data, schedule, device)
-    if config.precise_bn_iters:
-        batches = trial_loader(trial, data, 0, config.precise_bn_iters, collate_lists)
-        precise_bn(model, (to_device(*batch, device) for batch in iter_batches(batches)))
+    _measure_bn(trial, model, data, device)
     num_images = config.eval_images or len(test)
     found = predict_all(model, test, num_images, config.short_side, longest, config.workers)
     if trial.is_main:
@@ -212,6 +213,17 @@ def _train(
     train_trial(
         trial, model, optimizer, learning_rate, build_loader, compute_losses, device, frozen
     )
+
+
+def _measure_bn(trial: Trial, model: nn.Module, data: TrainDataset, device: torch.device) -> None:
+    """Precise BN on the first batches of the training, at most as many as it had."""
+    count = min(trial.config.precise_bn_iters, trial.config.max_steps)
+    if not count:
+        return
+    torch.manual_seed(trial.seed * 1009 + distributed.rank())  # of the sampled regions
+    batches = iter_batches(trial_loader(trial, data, 0, count, collate_lists))
+    batches = progress(batches, "precise BN", count)
+    precise_bn(model, (to_device(*batch, device) for batch in batches))
 
 # %% ../../nbs/detect/04_main.ipynb #c018
 def plot_detections(

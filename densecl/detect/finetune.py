@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'resized_size', 'transform_sample', 'TrainDataset', 'TestDataset', 'collate_lists', 'Schedule',
-           'scale_schedule', 'warmup_multistep_lr', 'parameter_groups', 'to_device', 'paste_masks', 'predict',
-           'predict_all', 'score_detections', 'correct_detections']
+           'scale_schedule', 'warmup_multistep_lr', 'parameter_groups', 'to_device', 'paste_masks', 'progress',
+           'predict', 'predict_all', 'score_detections', 'correct_detections']
 
 # %% ../../nbs/detect/03_finetune.ipynb #c003
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.transforms.functional import to_tensor
+from tqdm import tqdm
 
 from ..data.coco import decode_mask
 from .average_precision import Detections, box_iou, coco_ap, voc_ap
@@ -304,6 +305,18 @@ def _to_original_size(
     return Detections(boxes.numpy(), output["labels"].numpy(), output["scores"].numpy(), masks)
 
 
+def progress(batches: Iterable, name: str, total: int) -> Iterable:
+    """The batches with a progress bar, which is shown on a terminal, on rank 0 only.
+
+    Args:
+        batches: any iterable
+        name: what is done with them
+        total: number of batches
+    """
+    hidden = True if distributed.rank() else None  # None: shown on a terminal only
+    return tqdm(batches, name, total, disable=hidden, leave=False, dynamic_ncols=True)
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module,
@@ -332,7 +345,7 @@ def predict(
         **worker_options(workers),
     )
     detections = {}
-    for (image,), (index,) in iter_batches(loader):
+    for (image,), (index,) in progress(iter_batches(loader), "score", len(indices)):
         output = {name: value.cpu() for name, value in model([image.to(device)])[0].items()}
         original_size = dataset.annotations[index].size or dataset.load(index)[0].size
         detections[index] = _to_original_size(

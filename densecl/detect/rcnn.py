@@ -452,13 +452,15 @@ def precise_bn(model: nn.Module, batches: Iterable[tuple]) -> None:
 
     Args:
         model: in train mode; layers in eval mode stay as they are
-        batches: (images, targets) of each batch
+        batches: (images, targets) of each batch; not read if no layer is in train mode
     """
     layers = [
         module
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
     ]
+    if not layers:
+        return
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
