@@ -1,7 +1,9 @@
 """What users really have: files of other programs, odd runs, odd data, only the wheel."""
 
 import collections
+import dataclasses
 import io
+import json
 import pickle
 import zipfile
 
@@ -9,11 +11,17 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
+from densecl import doctor
+from densecl.evaluate.__main__ import main as run_evaluate
+from densecl.evaluate.features import load_network
+from densecl.evaluate.stereo import open_stereo_pair, stereo_probe
 from densecl.runtime.io import UsageError, run_command
 from densecl.weights import backbone_state_dict, find_state_dict, formats
 from densecl.weights.__main__ import main
+from tiny import TINY
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +262,96 @@ def test_an_unknown_prefix_and_an_unknown_part_name_the_way_out(resnet, tmp_path
 
 
 def test_evaluate_reads_a_checkpoint_of_another_program_that_has_a_config(resnet, tmp_path):
-    from densecl.evaluate.features import load_network
-
     _, state = resnet
     torch.save({"config": {"lr": 0.1}, "model": prefixed("net.", state)}, tmp_path / "a.pth")
     config, encoder = load_network(tmp_path / "a.pth")
     assert config.backbone == "resnet18-layer1" and is_body(encoder.backbone.state_dict(), state)
+
+
+# ---- the doctor
+
+
+def write_run(folder, rows, **fields):
+    config = dataclasses.asdict(dataclasses.replace(TINY, **fields))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(folder)]
+
+
+def falling(steps=40, **fields):
+    """Rows of a healthy run of `steps` steps."""
+    losses = {"loss_global": 2.4, "loss_dense": 2.4, "match_acc": 0.4, "neg": 0.1}
+    return [
+        {"step": n, **{k: v - 0.02 * n * (k[0] == "l") for k, v in losses.items()}} | fields
+        for n in range(1, steps + 1)
+    ]
+
+
+def probe(step, exact, moved):
+    baselines = {"same_cell": {"exact": 0.378, "moved": 0.0}, "chance": {"exact": 0.03, "moved": 0}}
+    part = {"exact": exact, "near": 0.6, "wide": 0.8, "moved": moved}
+    return {"step": step, "probe": "match", "backbone": part, "dense": part} | baselines
+
+
+def test_the_doctor_sees_that_only_the_same_cell_is_answered(tmp_path, capsys):
+    rows = [probe(0, 0.21, 0.18), *falling(), probe(40, 0.378, 0.0)]
+    doctor.main(write_run(tmp_path, rows))
+    text = capsys.readouterr().out
+    assert "verdict: not normal" in text and "--grid 3" in text and "--padding reflect" in text
+    doctor.main(write_run(tmp_path, [rows[0], *falling(), probe(40, 0.45, 0.31)]))
+    assert "the same cell 0.378" in (text := capsys.readouterr().out) and "--grid 3" not in text
+    doctor.main(write_run(tmp_path, [rows[0], *falling(), probe(40, 0.21, 0.18)]))
+    assert "no better than before the training" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("skip", [{"grad": float("inf")}, {"grad": None, "skipped": 1}])
+def test_one_step_that_fp16_skipped_is_normal_and_many_are_not(skip, tmp_path, capsys):
+    rows = falling(grad=0.5)
+    doctor.main(write_run(tmp_path, [rows[0] | skip, *rows[1:]], amp="fp16"))
+    text = capsys.readouterr().out
+    assert "fp16 skipped 1 steps" in text and "not normal" not in text
+    doctor.main(write_run(tmp_path, [row | skip for row in rows], amp="fp16"))
+    assert "verdict: not normal" in capsys.readouterr().out
+    doctor.main(write_run(tmp_path, [*rows[:-1], rows[-1] | {"grad": float("inf")}], amp="off"))
+    assert "grad is not finite from step 40" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_is_drawn_and_reported(tmp_path, capsys):
+    rows = falling()
+    rows[20] |= {"loss_dense": float("inf"), "loss_global": float("nan")}
+    doctor.main(write_run(tmp_path, rows))
+    assert "loss_dense is not finite from step 21 on" in capsys.readouterr().out
+    assert (tmp_path / "doctor.png").stat().st_size > 5000
+
+
+# ---- probes
+
+
+def test_match_on_a_grid_without_moved_points_is_strict_json_and_says_so(tmp_path, capsys):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), "uint8"))
+    photo.save(tmp_path / "a.png")
+    main(["extract", str(weights_file(tmp_path)), str(tmp_path / "b.pth")])
+    capsys.readouterr()
+    both = ["--weights", str(tmp_path / "b.pth"), "--data-root", str(tmp_path), "--limit", "4"]
+    run_evaluate(["match", "--image-size", "8", *both])
+    printed = capsys.readouterr()
+    *table, line = printed.out.splitlines()
+    rows = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))["rows"]
+    assert list(rows) == ["untrained backbone", "b backbone", "same_cell", "chance"]
+    assert len(table) == 5 and all(row["moved"] is None for row in rows.values())
+    assert printed.err.count("no point moves by more than a cell") == 1
+
+
+def weights_file(folder):
+    net = nn.Sequential(*list(torchvision.models.resnet18().children())[:6])
+    torch.save(net.state_dict(), folder / "a.pth")
+    return folder / "a.pth"
+
+
+@pytest.mark.parametrize("size, coarse", [(128, True), (320, False)])
+def test_stereo_says_when_the_same_place_is_correct(size, coarse, capsys):
+    pair = open_stereo_pair()
+    encoder = load_network("random", "resnet18")[1]
+    rows = stereo_probe(encoder, pair, size)
+    note = capsys.readouterr().err
+    assert (rows["same_place"]["plain"] > 0.8) == coarse == ("give a larger --image-size" in note)

@@ -24,6 +24,7 @@ from densecl.correspondence import (
 from ..data.sources import ImageSource
 from ..encoder import Encoder
 from .features import encode_images
+from ..runtime.io import note_once
 from ..visualize import plotting
 
 # %% ../../nbs/evaluate/01_correspondence.ipynb #c007
@@ -69,8 +70,9 @@ def match_scores(match: Tensor, truth: Tensor, columns: int) -> dict[str, float]
         columns: w, the number of columns of the grid
 
     Returns:
-        fractions of the positions that have a ground truth: exact: the cell is correct; near,
-        wide: within one cell, within two; moved: within one cell, of `moved_positions` only
+        fractions of the positions that have a ground truth, NaN without any: exact: the cell is
+        correct; near, wide: within one cell, within two; moved: within one cell, of
+        `moved_positions` only
     """
     moved_truth = torch.where(moved_positions(truth, columns), truth, -1)
     return {
@@ -95,6 +97,11 @@ def match_probe(encoder: Encoder, batch: dict[str, Tensor]) -> dict[str, dict[st
     f_k, r_k = encode_images(encoder, batch["im_k"])
     h, w = f_q.shape[2:]
     truth = ground_truth_match(batch["affine_q"], batch["affine_k"], h, w)
+    if not moved_positions(truth, w).any():
+        note_once(
+            f"match: on a grid of {h} x {w} cells no point moves by more than a cell, so the "
+            "answer 'the same cell' cannot be told from a match; give a larger --image-size"
+        )
     scores = {"backbone": match_scores(best_match(f_q, f_k), truth, w)}
     if r_q is not None:
         scores["dense"] = match_scores(best_match(r_q, r_k), truth, w)

@@ -9,6 +9,7 @@ __all__ = ['PROBES', 'NETWORK_PARTS', 'TRAINED_SIZE', 'ProbeOptions', 'Probe', '
            'format_line']
 
 # %% ../../nbs/evaluate/07_probes.ipynb #c002
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -225,7 +226,8 @@ def compare_networks(
     """
     rows, baselines, data = {}, {}, PROBES[probe].open(options)
     for name, encoder in encoders.items():
-        for part, numbers in PROBES[probe].run(encoder, data, options).items():
+        for part, values in PROBES[probe].run(encoder, data, options).items():
+            numbers = {key: _finite_or_none(value) for key, value in values.items()}
             if part in NETWORK_PARTS:
                 rows[f"{name} {part}"] = numbers
             elif part not in baselines:
@@ -233,6 +235,11 @@ def compare_networks(
             elif baselines[part] != numbers:
                 baselines[f"{part} ({name})"] = numbers
     return rows | baselines
+
+
+def _finite_or_none(value: float) -> float | None:
+    """None for NaN, as of a metric over no points; two NaNs are not equal, two Nones are."""
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 # %% ../../nbs/evaluate/07_probes.ipynb #c024
 # probes that use the size of the training views, not `Probe.image_size`
@@ -268,6 +275,8 @@ def format_line(rows: dict[str, dict]) -> str:
     parts = []
     for name, row in rows.items():
         values = list(row.values())[:4]
-        numbers = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in values]
+        numbers = [
+            "-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in values
+        ]
         parts.append(f"{name} {'/'.join(numbers)}")
     return f"{'/'.join(names)}: {', '.join(parts)}"

@@ -23,7 +23,7 @@ from ..data.decode import decode_labeled_image
 from ..encoder import Encoder
 from .features import encode_images
 from .keypoints import predict_points
-from ..runtime.io import UsageError
+from ..runtime.io import UsageError, note_once
 
 # %% ../../nbs/evaluate/04_stereo.ipynb #c005
 class StereoPair(NamedTuple):
@@ -60,6 +60,8 @@ def open_stereo_pair(root: Path | str = "") -> StereoPair:
             f"--data-root {root}: no disparity.npy with an array of numbers, one per pixel of the "
             "left image"
         ) from None
+    if not np.isfinite(disparity).any():
+        raise UsageError(f"--data-root {root}: disparity.npy has no finite number")
     size = disparity.shape[::-1]
     left, right = (decode_labeled_image(path.read_bytes(), path, size) for path in paths)
     if left.size != size or right.size != size:
@@ -164,6 +166,7 @@ def stereo_probe(encoder: Encoder, pair: StereoPair, size: int = 320) -> dict[st
     features, dense = encode_images(encoder, [normalize(resize_to_multiple(pair.left, size))])
     h, w = features.shape[2:]
     points, truth = ground_truth_points(pair, h, w)
+    _note_coarse(point_errors(points, truth, pair, w)["near"], h, w)
     guesses = [point_errors(point, truth, pair, w) for point in cell_centers(16, 16)]
     chance = {key: float(np.mean([guess[key] for guess in guesses])) for key in ("near", "px")}
     rows = {"backbone": {}, "dense": {}, "same_place": {}, "chance": {}}
@@ -181,3 +184,13 @@ def stereo_probe(encoder: Encoder, pair: StereoPair, size: int = 320) -> dict[st
             rows[part][name] = error["near"]
             rows[part][f"{name}_px"] = error["px"]
     return rows
+
+
+def _note_coarse(same_place: float, h: int, w: int) -> None:
+    """Say so when the answer "the same place" is correct almost everywhere."""
+    if same_place > 0.8:
+        note_once(
+            f"stereo: a cell of the {h} x {w} grid is wider than what moves between the images: "
+            f"the answer 'the same place' scores {same_place:.3f}, so a high number says nothing; "
+            "give a larger --image-size"
+        )

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNSUPPORTED', 'WARNED', 'MACHINE_ERRORS', 'warn_once', 'sync_to_disk', 'fsync_folder', 'atomic_write', 'parse_row',
-           'UsageError', 'RunError', 'RunStopped', 'Launch', 'launch', 'machine_error', 'run_command', 'did_you_mean',
-           'Parser', 'switch', 'add_config', 'option_name', 'lock_folder', 'check_output_folder']
+           'UsageError', 'RunError', 'RunStopped', 'Launch', 'launch', 'machine_error', 'run_command', 'note_once',
+           'did_you_mean', 'Parser', 'switch', 'add_config', 'option_name', 'lock_folder', 'check_output_folder']
 
 # %% ../../nbs/runtime/00_io.ipynb #c002
 import argparse
@@ -275,6 +275,21 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
             raise
         _print_error(error)
         sys.exit(error.status)
+
+# %% ../../nbs/runtime/00_io.ipynb #c025b
+_noted: set[str] = set()  # lines that were printed
+
+
+def note_once(text: str) -> None:
+    """Print a line on stderr, the first time only, and on one rank per machine only.
+
+    Args:
+        text: the line
+    """
+    first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    if first and text not in _noted:
+        print(f"densecl: {text}", file=sys.stderr)
+    _noted.add(text)
 
 # %% ../../nbs/runtime/00_io.ipynb #c031
 def did_you_mean(word: str, known: Iterable[str]) -> str:

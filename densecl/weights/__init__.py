@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.io import UsageError
+from ..runtime.io import UsageError, note_once
 from . import formats, hub, state_dict_keys
 from .hub import released
 from .state_dict_keys import load_official, official_state_dict
@@ -268,9 +268,6 @@ def _choose_kind(
     return kinds[-1]._replace(prefix=found[0], other_prefixes=other), False
 
 # %% ../../nbs/weights/03_load.ipynb #c021c
-_noted: set[str] = set()  # lines that were printed
-
-
 def _note_wrappers(path: Path | str, place: tuple[str, ...], stem: str) -> None:
     """Print once where the backbone was found, if it is not at the usual place.
 
@@ -288,11 +285,7 @@ def _note_wrappers(path: Path | str, place: tuple[str, ...], stem: str) -> None:
     parts = [f"the entry {'.'.join(place)}"] if place else []
     parts += [f"the names that begin with {prefix}"] if prefix else []
     parts += ["layers numbered as in nn.Sequential"] if numbered else []
-    line = f"densecl: {path}: the backbone is read from {', '.join(parts)}"
-    first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
-    if first and line not in _noted:
-        print(line, file=sys.stderr)
-    _noted.add(line)
+    note_once(f"{path}: the backbone is read from {', '.join(parts)}")
 
 # %% ../../nbs/weights/03_load.ipynb #c022
 def backbone_state_dict(
