@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNSUPPORTED', 'WARNED', 'MACHINE_ERRORS', 'warn_once', 'sync_to_disk', 'fsync_folder', 'atomic_write', 'parse_row',
-           'UsageError', 'RunError', 'RunStopped', 'Launch', 'launch', 'machine_error', 'run_command', 'note_once',
-           'did_you_mean', 'Parser', 'switch', 'add_config', 'option_name', 'lock_folder', 'check_output_folder']
+           'read_log', 'UsageError', 'RunError', 'RunStopped', 'Launch', 'launch', 'machine_error', 'run_command',
+           'note_once', 'did_you_mean', 'Parser', 'switch', 'add_config', 'option_name', 'lock_folder',
+           'check_output_folder']
 
 # %% ../../nbs/runtime/00_io.ipynb #c002
 import argparse
@@ -119,6 +120,20 @@ def parse_row(line: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+# %% ../../nbs/runtime/00_io.ipynb #c017b
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All complete rows of a log; raises `UsageError` when it cannot be read.
+
+    Args:
+        path: metrics.jsonl of a run
+    """
+    try:
+        lines = path.read_text(errors="replace").splitlines(True)
+    except OSError as e:
+        text = f"{path}: {e.strerror}; give the folder of a run, such as runs/demo"
+        raise UsageError(text) from None
+    return [row for row in map(parse_row, lines) if row]
 
 # %% ../../nbs/runtime/00_io.ipynb #c020
 class UsageError(Exception):
