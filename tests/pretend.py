@@ -254,6 +254,7 @@ def replacements():
     yield torch.cuda, "set_device", lambda device: None
     yield torch.cuda, "current_device", lambda: 0
     yield torch.cuda, "_lazy_init", lambda: None
+    yield torch.cuda, "is_initialized", lambda: True
     yield torch.cuda, "manual_seed_all", lambda seed: None
     yield torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True
     yield torch.cuda, "get_device_capability", lambda *args: (8, 0)

@@ -118,7 +118,7 @@ def test_a_meter_that_was_saved_between_two_rows_continues_on_the_device():
     def add(meter, value):
         x = torch.tensor(value, device="cuda")
         meter.add(x, x, (x, x), images=8)
-        meter.add_matches((x > 0).sum(), torch.tensor(4, device="cuda"))
+        meter.add_matches(torch.arange(4, device="cuda")[None], torch.tensor([[0, 9, 9, 9]]))
 
     before, after = Meter(), Meter()
     add(before, 1.0)

@@ -10,6 +10,9 @@ import torch
 from pretend import pretended_cuda
 
 from densecl import trainer
+from densecl.data.loader import CorruptImageCounter, build_loader, build_views
+from densecl.runtime.checkpoint import MetricsLog
+from densecl.runtime.metrics import Meter
 from tiny import TINY
 
 SMALL = replace(TINY, data_root="photos", out="out", device="cuda", augment="reference")
@@ -67,3 +70,66 @@ def test_a_killed_run_continues_with_the_same_rows(monkeypatch, amp, killed_afte
             assert rows() == expected, last
             for name, value in whole.items():
                 assert torch.equal(value, again[name]), (last, name)
+
+
+def overflowing_steps(scale, steps=3):
+    """The state after some fp16 steps, and the rows of its meter; memory is filled with NaN."""
+    config = replace(SMALL, amp="fp16", device="cpu")
+    state = trainer.TrainState(config, torch.device("cpu"))
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+    meter = Meter()
+    state.model.train()
+    for batch in build_loader(config, build_views(config), 0, steps):
+        trainer.add_step(meter, trainer.train_step(state, state.model, batch, 10), batch)
+    return state, trainer.log_fields(state, 10, CorruptImageCounter(config)) | meter.row({})
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    torch.use_deterministic_algorithms(True)  # fills the result of torch.empty
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_first_step_that_fp16_skips_leaves_the_momentum_zero(nan_in_new_memory):
+    state, row = overflowing_steps(2.0**40, steps=2)
+    initial = trainer.build_model(state.config).encoder_q.state_dict()
+    for name, value in state.model.encoder_q.named_parameters():
+        assert torch.equal(value, initial[name]), name
+    buffers = [entry["momentum_buffer"] for entry in state.optimizer.state.values()]
+    assert buffers and all((buffer == 0).all() for buffer in buffers)
+    assert (row["skipped"], row["scale"], row["grad"]) == (2, 2.0**38, None)
+
+
+def test_skipped_steps_are_counted_and_not_averaged(nan_in_new_memory):
+    state, row = overflowing_steps(2.0**20, steps=4)
+    assert 0 < row["skipped"] < 4 and row["scale"] == 2.0 ** (20 - row["skipped"])
+    assert 0 < row["grad"] < 100
+    assert all(p.isfinite().all() for p in state.model.parameters())
+
+
+def test_zero_momentum_does_not_change_the_first_step():
+    """A fused optimizer that begins with zeros does what one without buffers does, bit for bit."""
+    ours, plain = (
+        trainer.TrainState(replace(SMALL, amp=amp), torch.device("cpu")) for amp in ("fp16", "off")
+    )
+    for _ in range(2):
+        for state in (ours, plain):
+            torch.manual_seed(0)
+            for p in state.optimizer.param_groups[0]["params"]:
+                p.grad = torch.randn_like(p)
+            state.optimizer.step()
+    for a, b in zip(ours.model.parameters(), plain.model.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_rows_are_strict_json():
+    log = MetricsLog(".")
+    log.row(step=1, loss=float("inf"), probe={"miou": float("nan"), "names": [1.5, -float("inf")]})
+    log.close()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    row = json.loads(Path("metrics.jsonl").read_text(), parse_constant=refuse)
+    assert row == {"step": 1, "loss": None, "probe": {"miou": None, "names": [1.5, None]}}

@@ -13,7 +13,14 @@ import torch
 
 from .features import format_table, load_networks
 from .probes import PROBES, ProbeOptions, compare_networks, probe_options
-from ..runtime.io import Parser, UsageError, did_you_mean, option_name, run_command
+from densecl.runtime.io import (
+    Parser,
+    UsageError,
+    did_you_mean,
+    option_name,
+    run_command,
+    strict_json,
+)
 
 # %% ../../nbs/evaluate/08_main.ipynb #c005
 def build_parser(name: str) -> Parser:
@@ -102,7 +109,7 @@ def main(argv: list[str]) -> None:
     rows = compare_networks(encoders, probe, options)
     print(format_table(rows))
     settings = {key: args[key] for key in args if key not in ("device", "backbone")}
-    print(json.dumps({"probe": probe} | settings | {"rows": rows}))
+    print(strict_json({"probe": probe} | settings | {"rows": rows}))
 
 # %% ../../nbs/evaluate/08_main.ipynb #c010
 if __name__ == "__main__" and "__file__" in globals():

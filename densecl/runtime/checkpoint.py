@@ -31,6 +31,7 @@ from densecl.runtime.io import (
     fsync_folder,
     lock_folder,
     parse_row,
+    strict_json,
 )
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ class MetricsLog:
             **fields: `step`, and what was measured
         """
         with open(self.path, "a") as f:
-            f.write(json.dumps(fields) + "\n")
+            f.write(strict_json(fields) + "\n")
         for name, value in fields.items():
             if name != "step" and isinstance(value, (int, float)):
                 self.events.add_scalar(name, value, fields["step"])
@@ -330,7 +331,7 @@ class RunWriter:
     def _open(self) -> None:
         with self._disk_errors():
             with atomic_write(self.folder / "config.json", "w") as f:
-                json.dump(self.config, f, indent=1)
+                f.write(strict_json(self.config, indent=1))
             self.log = self._stack.enter_context(closing(MetricsLog(self.folder, self.step)))
         self._bar = self._stack.enter_context(
             tqdm(total=self.last_step, initial=self.step, unit="step", dynamic_ncols=True)
