@@ -100,7 +100,9 @@ def image_to_view(points: Tensor, affine: Tensor) -> Tensor:
     Returns:
         N x M x 2 in units of the view's side: 0 .. 1 inside the view, other values outside
     """
-    return (points - affine[:, None, :, 2]) @ torch.linalg.inv(affine[:, :, :2]).mT
+    on_cpu = affine.device.type == "cpu"  # elsewhere the check would wait for the device
+    inverse, _ = torch.linalg.inv_ex(affine[:, :, :2], check_errors=on_cpu)
+    return (points - affine[:, None, :, 2]) @ inverse.mT
 
 # %% ../nbs/03_correspondence.ipynb #c024
 def ground_truth_match(affine_q: Tensor, affine_k: Tensor, h: int, w: int) -> Tensor:

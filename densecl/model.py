@@ -113,12 +113,14 @@ class MoCo(nn.Module):
         momentum_update_(self.encoder_k, self.encoder_q, self.momentum)
         shuffle = BatchShuffle(len(im_k), im_k.device, self.shuffle_bn)
         k = self.encoder_k(shuffle.shuffle(to_autocast_dtype(im_k)))
-        outputs = {name: shuffle.unshuffle(getattr(k, name)) for name in self.key_outputs}
-        return EncoderOutput(**outputs)
+        outputs = shuffle.unshuffle_all([getattr(k, name) for name in self.key_outputs])
+        return EncoderOutput(**dict(zip(self.key_outputs, outputs)))
 
-    def contrastive_loss(self, q: Tensor, k: Tensor, queue: Queue) -> Tensor:
+    def contrastive_loss(
+        self, q: Tensor, k: Tensor, queue: Queue, weight: Tensor | None = None
+    ) -> Tensor:
         """InfoNCE of queries and positives, M x dim each, with the model's temperature."""
-        return info_nce(q, k, queue.keys, self.temperature, self.chunk)
+        return info_nce(q, k, queue.keys, self.temperature, self.chunk, weight)
 
     def compute_losses(self, q: EncoderOutput, k: EncoderOutput) -> dict[str, Any]:
         """Compute the loss from the outputs for the two views, then enqueue the keys."""

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import densecl
+from densecl.runtime.distributed import constant
 
 PACKAGE = str(Path(densecl.__file__).parent)
 CUDA = torch.device("cuda", 0)
@@ -226,7 +227,7 @@ class FunctionMode(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function in (torch.tensor, torch.as_tensor) and is_cuda(kwargs.get("device")):
             device = kwargs.pop("device")
-            return function(*args, **kwargs).to(device)
+            return to(function(*args, **kwargs), device)
         if function is torch.Tensor.to:
             return to(*args, **kwargs)
         if function is torch.Tensor.cuda:
@@ -274,6 +275,7 @@ def pretended_cuda():
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     LOG.clear()
+    constant.cache_clear()
     try:
         with contextlib.ExitStack() as stack:
             for owner, name, value in replacements():
@@ -283,4 +285,5 @@ def pretended_cuda():
             stack.enter_context(DispatchMode())
             yield LOG
     finally:
+        constant.cache_clear()
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)

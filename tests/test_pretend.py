@@ -4,15 +4,20 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
-from pretend import pretended_cuda
+import torch.distributed as dist
+from pretend import LOG, pretended_cuda
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from densecl import trainer
+from densecl.config import Match
 from densecl.data.loader import CorruptImageCounter, build_loader, build_views
 from densecl.runtime.checkpoint import MetricsLog
 from densecl.runtime.metrics import Meter
+from densecl.runtime.signals import StopSignal
 from tiny import TINY
 
 SMALL = replace(TINY, data_root="photos", out="out", device="cuda", augment="reference")
@@ -133,3 +138,65 @@ def test_rows_are_strict_json():
 
     row = json.loads(Path("metrics.jsonl").read_text(), parse_constant=refuse)
     assert row == {"step": 1, "loss": None, "probe": {"miou": None, "names": [1.5, None]}}
+
+
+CHOICES = [
+    {},
+    {"method": "mocov2"},
+    {"loss": "reference", "channels_last": True},
+    {"amp": "bf16", "augment": "fast"},
+    {"amp": "fp16", "augment": "device"},
+    *({"match": kind} for kind in get_args(Match) if kind != "backbone"),
+    {"match": "mutual", "negatives": "intra-image"},
+    {"negatives": "position"},
+    {"negatives": "intra-image", "geometry_warmup": 2},
+    {"padding": "reflect", "grid": 3},
+]
+
+
+def waits_of_steps(config, steps=3):
+    """Waits for the device in each step, from the batch to the check for signals."""
+    state = trainer.TrainState(config, torch.device("cuda", 0))
+    state.model.train()
+    meter, waits = Meter(), []
+    with StopSignal() as stop_signal:
+        for batch in build_loader(config, build_views(config), 0, steps):
+            LOG.clear()
+            trainer.add_step(meter, trainer.train_step(state, state.model, batch, 10), batch)
+            stop_signal.any_rank()
+            waits.append(list(LOG.waits))
+    assert torch.stack(meter.losses).isfinite().all()
+    return waits
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_a_step_never_waits_for_the_device(choice):
+    """But for the constants, which are copied in the first step."""
+    with pretended_cuda():
+        assert waits_of_steps(replace(SMALL, **choice))[1:] == [[], []]
+
+
+@pytest.fixture
+def eight_ranks():
+    """This process is rank 0 of eight; what the others send is not defined."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("choice", [{}, {"match": "geometry", "amp": "bf16"}], ids=str)
+def test_a_step_of_one_of_eight_ranks_never_waits_for_the_device(eight_ranks, choice):
+    config = replace(SMALL, batch_size=32, **choice)
+    with pretended_cuda() as log:
+        assert waits_of_steps(config)[1:] == [[], []]
+        # the key images, the key encoder's four outputs, and both queues
+        assert log.operations["alltoall_base_"] == 2
+        assert log.operations["_allgather_base_"] == 2
+
+
+def test_a_run_waits_for_the_device_only_when_a_row_is_due(monkeypatch):
+    waits = []
+    before_each_step(monkeypatch, lambda step: waits.append(len(LOG.waits)))
+    with pretended_cuda():
+        trainer.train(replace(SMALL, log_every=4, max_steps=4))
+    assert waits[1] == waits[2] == waits[3] > 0

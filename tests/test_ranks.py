@@ -106,7 +106,7 @@ def learn(model, batches, rank=None):
 
     `rank`: train on its part of each batch, with the model wrapped as the trainer does it.
     """
-    forward = model if rank is None else wrap_model(model, Config(), torch.device("cpu"))
+    forward = model if rank is None else wrap_model(model, Config())
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=1e-4)
     steps = []

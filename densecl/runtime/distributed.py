@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['MESSAGE_BYTES', 'world_size', 'rank', 'init_distributed', 'shutdown', 'distributed_session', 'all_gather',
-           'all_reduce_sum', 'all_reduce_mean', 'broadcast_', 'any_rank', 'raise_on_all_ranks', 'rank_order_hook',
-           'ExchangePlan', 'exchange_plan', 'exchange', 'BatchShuffle']
+           'all_reduce_sum', 'all_reduce_mean', 'broadcast_', 'any_rank', 'start_any_rank', 'raise_on_all_ranks',
+           'rank_order_hook', 'average_gradients', 'queue_copy', 'queue_copies', 'constant', 'ExchangePlan',
+           'exchange_plan', 'exchange', 'exchange_all', 'BatchShuffle']
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c002
+import functools
+import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .io import RunError, UsageError
 
@@ -104,10 +109,9 @@ def all_gather(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
+    gathered = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x.contiguous())
+    return gathered
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c019
 @torch.no_grad()
@@ -151,11 +155,25 @@ def any_rank(flag: object) -> bool:
     Args:
         flag: its truth value on this rank
     """
+    return start_any_rank(flag)()
+
+
+def start_any_rank(flag: object) -> Callable[[], bool]:
+    """Start `any_rank`; a function that waits for the result.
+
+    Args:
+        flag: its truth value on this rank
+    """
     if world_size() == 1:
-        return bool(flag)
+        return lambda: bool(flag)
     x = torch.tensor(int(bool(flag)))
-    dist.all_reduce(x, dist.ReduceOp.MAX)
-    return bool(x)
+    work = dist.all_reduce(x, dist.ReduceOp.MAX, async_op=True)
+
+    def wait() -> bool:
+        work.wait()
+        return bool(x)
+
+    return wait
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c026
 MESSAGE_BYTES = 1000
@@ -200,6 +218,61 @@ def rank_order_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Fut
     future.set_result(total / world_size())
     return future
 
+# %% ../../nbs/runtime/01_distributed.ipynb #c072
+def average_gradients(model: nn.Module, deterministic: bool = False) -> nn.Module:
+    """The model in DDP, whose backward pass averages the gradients over the ranks.
+
+    Args:
+        model: on its device; inputs are not moved there
+        deterministic: sum in rank order
+    """
+    # torch 2.14 has renamed broadcast_buffers
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    option = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, **option)
+    if deterministic:
+        wrapped.register_comm_hook(None, rank_order_hook)
+    return wrapped
+
+# %% ../../nbs/runtime/01_distributed.ipynb #c074
+def queue_copy(x: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device; the host does not wait for the copy.
+
+    Args:
+        x: any tensor; one in ordinary memory is copied to pinned memory first
+        device: where it is needed
+    """
+    if torch.device(device).type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
+
+
+def queue_copies(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Several tensors on a device by a single copy, see `queue_copy`.
+
+    Args:
+        tensors: on the CPU, of any types and shapes
+        device: where they are needed
+    """
+    if torch.device(device).type != "cuda" or not tensors:
+        return [x.to(device) for x in tensors]
+    rows = [x.contiguous().view(-1).view(torch.uint8) for x in tensors]
+    sizes = [len(row) + -len(row) % 8 for row in rows]  # each begins at a multiple of 8 bytes
+    padded = [F.pad(row, (0, size - len(row))) for row, size in zip(rows, sizes)]
+    parts = queue_copy(torch.cat(padded), device).split(sizes)
+    return [p[: len(r)].view(x.dtype).view(x.shape) for p, r, x in zip(parts, rows, tensors)]
+
+
+@functools.cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers as a tensor on a device, copied there once. Must not be changed.
+
+    Args:
+        values: the numbers
+        device: where they are needed
+    """
+    return torch.tensor(values).to(device)
+
 # %% ../../nbs/runtime/01_distributed.ipynb #c045
 class ExchangePlan(NamedTuple):
     """What one rank sends and receives in an all-to-all.
@@ -216,6 +289,11 @@ class ExchangePlan(NamedTuple):
     send_counts: list[int]
     receive_index: Tensor
     receive_counts: list[int]
+
+    def to(self, device: torch.device | str) -> "ExchangePlan":
+        """The plan with its indices on a device, by one copy that the host does not wait for."""
+        indices = queue_copy(torch.stack([self.send_index, self.receive_index]), device)
+        return self._replace(send_index=indices[0], receive_index=indices[1])
 
     def inverse(self) -> "ExchangePlan":
         """The plan that sends every image back to where it came from."""
@@ -263,6 +341,22 @@ def exchange(x: Tensor, plan: ExchangePlan) -> Tensor:
     result[plan.receive_index] = received
     return result
 
+
+def exchange_all(tensors: Sequence[Tensor], plan: ExchangePlan) -> list[Tensor]:
+    """`exchange` of several tensors by a single collective.
+
+    Args:
+        tensors: B x ... each, of any types
+        plan: this rank's plan
+    """
+    rows = [x.contiguous().view(len(x), -1).view(torch.uint8) for x in tensors]  # B x bytes each
+    packed = exchange(torch.cat(rows, 1), plan)
+    results = []
+    for x, part in zip(tensors, packed.split([row.shape[1] for row in rows], 1)):
+        part = part.contiguous().view(x.dtype).view(x.shape)
+        results.append(part if x.is_contiguous() else torch.empty_like(x).copy_(part))
+    return results
+
 # %% ../../nbs/runtime/01_distributed.ipynb #c053
 class BatchShuffle:
     """One random shuffle of a batch across the ranks (ShuffleBN, MoCo section 3.3).
@@ -277,16 +371,22 @@ class BatchShuffle:
         enabled: False: no shuffle
 
     Attributes:
-        perm: (R B,) int64, drawn on rank 0: position p of the shuffled batch gets image perm[p]
+        perm: (R B,) int64, on the CPU, drawn on rank 0: position p of the shuffled batch gets image
+            perm[p]
     """
 
     def __init__(self, batch: int, device: torch.device | str, enabled: bool = True) -> None:
         self.enabled = enabled and world_size() > 1
         if not self.enabled:
             return
-        self.perm = torch.randperm(world_size() * batch).to(device)
-        dist.broadcast(self.perm, 0)
-        self.plan = exchange_plan(self.perm, world_size(), rank())
+        self.perm = torch.randperm(world_size() * batch)
+        if "cpu:" in dist.get_backend_config():
+            dist.broadcast(self.perm, 0)  # between the hosts: no GPU has to be waited for
+        else:  # a group of nccl alone
+            perm = self.perm.to(device)
+            dist.broadcast(perm, 0)
+            self.perm = perm.cpu()
+        self.plan = exchange_plan(self.perm, world_size(), rank()).to(device)
 
     @torch.no_grad()
     def shuffle(self, x: Tensor) -> Tensor:
@@ -305,3 +405,12 @@ class BatchShuffle:
             x: B x ..., the results for the shuffled images
         """
         return exchange(x, self.plan.inverse()) if self.enabled else x
+
+    @torch.no_grad()
+    def unshuffle_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`unshuffle` of several tensors by a single collective.
+
+        Args:
+            tensors: B x ... each
+        """
+        return exchange_all(tensors, self.plan.inverse()) if self.enabled else list(tensors)
