@@ -315,7 +315,7 @@ def measure_step(config: Config, limit: float = 45) -> StepCost:
     start = time.perf_counter()
     batch = config.batch_size // distributed.world_size()
     state = TrainState(replace(config, compile=False), device)
-    forward = wrap_model(state.model, state.config, device)
+    forward = wrap_model(state.model, state.config)
     memory = peak_memory()
     state.model.train()
     first = min(2, batch)

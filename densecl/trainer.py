@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE_FIELDS', 'AMP_DTYPES', 'build_model', 'TrainState', 'recovery_advice', 'check_losses', 'checkpoint_state',
-           'check_resumable', 'find_checkpoint', 'resume_run', 'set_schedules', 'gradient_norm', 'train_step',
+           'check_resumable', 'find_checkpoint', 'resume_run', 'step_seed', 'set_schedules', 'train_step',
            'setup_device', 'wrap_model', 'step_figure', 'add_step', 'diagnostics', 'log_fields', 'should_run',
            'next_batch', 'run_probes', 'save_before_after', 'count_steps', 'train']
 
 # %% ../nbs/09_trainer.ipynb #c004
-import inspect
 import os
 import time
 from collections.abc import Iterator
@@ -18,8 +17,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from torch.utils.data import Dataset
 
 from .augment import seeded
@@ -41,7 +39,7 @@ from .model import DenseCL, MoCo
 from .runtime import checkpoint, distributed
 from .runtime.checkpoint import RunWriter
 from .runtime.io import RunError, UsageError
-from .runtime.metrics import Meter, check_finite
+from .runtime.metrics import Meter, check_finite, gradient_norm
 from .runtime.signals import StopSignal, raise_stopped
 from .runtime.workers import iter_batches
 from .variants import DenseCLVariant
@@ -99,6 +97,10 @@ class TrainState:
         # fused: one pass over the memory
         self.optimizer = torch.optim.SGD(parameters, config.lr, fused=True, **options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        if self.scaler.is_enabled() and config.sgd_momentum:
+            # a first step that the scaler skips would leave new buffers uninitialized
+            for p in parameters:
+                self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the state, without copies."""
@@ -227,6 +229,17 @@ def resume_run(state: TrainState, meter: Meter, corrupt: CorruptImageCounter) ->
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def step_seed(seed: int, step: int) -> int:
+    """Seed of what this rank draws in a step: the shuffle on rank 0, dropout and the like on all.
+
+    Args:
+        seed: of the run
+        step: steps done
+    """
+    # torch keeps 32 bits; the prime is larger than the number of steps of a run
+    return seed * 1_000_003 + step + distributed.rank() * 16_777_259
+
+
 def set_schedules(state: TrainState, steps_per_epoch: int) -> None:
     """Set learning rate, lambda and the choice of positives for the next step.
 
@@ -244,13 +257,6 @@ def set_schedules(state: TrainState, steps_per_epoch: int) -> None:
     if isinstance(state.model, DenseCLVariant):
         state.model.match = "geometry" if state.step < config.geometry_warmup else config.match
 
-
-def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Norm of all gradients together, a 0-dim tensor."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.stack(torch._foreach_norm(gradients)).norm()
-
 # %% ../nbs/09_trainer.ipynb #c023
 def train_step(state: TrainState, forward: nn.Module, batch: dict, steps_per_epoch: int) -> dict:
     """One training step: schedules, forward, backward, update.
@@ -266,7 +272,7 @@ def train_step(state: TrainState, forward: nn.Module, batch: dict, steps_per_epo
     """
     config = state.config
     set_schedules(state, steps_per_epoch)
-    torch.manual_seed(config.seed * 1_000_003 + state.step)  # for the shuffle of this step
+    torch.manual_seed(step_seed(config.seed, state.step))
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     batch = to_device(batch, state.device, memory_format)
     dtype = AMP_DTYPES.get(config.amp)
@@ -299,13 +305,12 @@ def setup_device(config: Config) -> torch.device:
     return device
 
 # %% ../nbs/09_trainer.ipynb #c028
-def wrap_model(model: MoCo, config: Config, device: torch.device) -> nn.Module:
+def wrap_model(model: MoCo, config: Config) -> nn.Module:
     """Compile the encoders on request, and wrap the model in DDP when there are several processes.
 
     Args:
         model: on its device; changed in place
         config: the config of the run
-        device: device of this process
     """
     if config.compile:
         model.encoder_q.compile()
@@ -315,15 +320,7 @@ def wrap_model(model: MoCo, config: Config, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1:
         return model
     distributed.broadcast_(model.buffers())  # the same queues on all ranks, once
-    device_ids = [device] if device.type == "cuda" else None
-    # torch 2.14 has renamed broadcast_buffers
-    parameters = inspect.signature(DistributedDataParallel).parameters
-    renamed = "forward_sync_buffers" in parameters
-    option = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    wrapped = DistributedDataParallel(model, device_ids, **option)
-    if config.deterministic:
-        wrapped.register_comm_hook(None, distributed.rank_order_hook)
-    return wrapped
+    return distributed.average_gradients(model, config.deterministic)
 
 # %% ../nbs/09_trainer.ipynb #c032
 def step_figure(batch: dict, out: dict, device: torch.device) -> Figure | None:
@@ -350,9 +347,7 @@ def add_step(meter: Meter, out: dict[str, Any], batch: dict[str, Any]) -> None:
     meter.add(out["loss"], out["grad_norm"], parts, images)
     if "match" in out and "affine_q" in batch:
         truth = ground_truth_match(batch["affine_q"], batch["affine_k"], *out["grid"])  # N x hw
-        truth = truth.to(out["match"].device)
-        visible = truth >= 0
-        meter.add_matches(((out["match"] == truth) & visible).sum(), visible.sum())
+        meter.add_matches(out["match"], truth)
 
 
 def diagnostics(model: MoCo, out: dict[str, Any]) -> dict[str, float | None]:
@@ -374,6 +369,8 @@ def diagnostics(model: MoCo, out: dict[str, Any]) -> dict[str, float | None]:
 def log_fields(state: TrainState, steps_per_epoch: int, corrupt: CorruptImageCounter) -> dict:
     """Step, epoch (from 0), learning rate, filled fraction of the queue, and corrupt images.
 
+    With fp16 also the scale of the loss.
+
     Args:
         state: the state after the step
         steps_per_epoch: number of steps per epoch
@@ -381,13 +378,16 @@ def log_fields(state: TrainState, steps_per_epoch: int, corrupt: CorruptImageCou
     """
     config = state.config
     count = distributed.all_reduce_sum(torch.tensor(corrupt.count))
-    return {
+    fields = {
         "step": state.step,
         "epoch": (state.step - 1) // steps_per_epoch,
         "lr": state.optimizer.param_groups[0]["lr"],
         "queue_fill": min(1.0, state.step * config.batch_size / config.queue_len),
         "bad": int(count),
     }
+    if state.scaler.is_enabled():
+        fields["scale"] = state.scaler.get_scale()
+    return fields
 
 # %% ../nbs/09_trainer.ipynb #c039
 def should_run(every: int, step: int, last: int) -> bool:
@@ -491,7 +491,7 @@ def train(config: Config, views: Dataset | None = None) -> MoCo:
     with writer, StopSignal() as stop_signal:
         if config.probe and state.step == 0:
             run_probes(state, writer)
-        forward = wrap_model(state.model, config, device)
+        forward = wrap_model(state.model, config)
         batches = iter_batches(build_loader(config, views, state.step, last), config.timeout)
         state.model.train()
         while state.step < last:

@@ -110,7 +110,9 @@ def all_gather(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     gathered = x.new_empty(world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x.contiguous())
+    # torch 2.14 has renamed all_gather_into_tensor
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, x.contiguous())
     return gathered
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c019

@@ -36,6 +36,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = ""
         self._previous = {}  # signal -> the handler to restore
+        self._answer = None  # to the question of the last step
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -45,6 +46,8 @@ class StopSignal:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._answer and error[0] is None:
+            self._answer()  # nothing is left under way in the process group
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -61,9 +64,13 @@ class StopSignal:
     def any_rank(self) -> bool:
         """Whether any rank has received a signal: the same answer on all ranks.
 
-        A collective; all ranks must call it after the same step.
+        A collective; all ranks must call it after the same step. With several ranks the answer is
+        that of the previous call, so that no rank waits for the others.
         """
-        return distributed.any_rank(self.received)
+        if distributed.world_size() == 1:
+            return bool(self.received)
+        previous, self._answer = self._answer, distributed.start_any_rank(self.received)
+        return previous is not None and previous()
 
 # %% ../../nbs/runtime/02_signals.ipynb #c009
 def raise_stopped(received: str, step: int, folder: Path | str) -> NoReturn:

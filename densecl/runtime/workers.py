@@ -126,7 +126,7 @@ def worker_options(workers: int) -> dict[str, Any]:
     """
     import torch
 
-    options = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    options = {"num_workers": workers, "pin_memory": torch.cuda.is_initialized()}
     if workers:
         options |= {
             "prefetch_factor": PREFETCH,

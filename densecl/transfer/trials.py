@@ -30,7 +30,7 @@ from densecl.runtime.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from ..runtime.io import RunError, UsageError, atomic_write, lock_folder
+from ..runtime.io import RunError, UsageError, atomic_write, lock_folder, strict_json
 from ..runtime.workers import iter_batches, worker_options
 from densecl.transfer.initialization import (
     RENAMED_FIELDS,
@@ -82,7 +82,7 @@ class Trial:
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.folder / "result.json", "w") as f:
-                json.dump(result, f, indent=1)
+                f.write(strict_json(result, indent=1))
         return result
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -354,7 +354,7 @@ def open_run_folder(config: TransferConfig, weights: InitialWeights) -> Iterator
                 ) from None
             stack.enter_context(lock_folder(folder))
             with atomic_write(folder / "config.json", "w") as f:
-                json.dump(content, f, indent=1)
+                f.write(strict_json(content, indent=1))
         yield folder
 
 # %% ../../nbs/transfer/01_trials.ipynb #c031
@@ -390,7 +390,7 @@ def run_trials(
             summary = summarize_trials(config, weights, results, metric)
             if trial.is_main:
                 with atomic_write(folder / "results.json", "w") as f:
-                    json.dump(summary, f, indent=1)
+                    f.write(strict_json(summary, indent=1))
     return summary
 
 # %% ../../nbs/transfer/01_trials.ipynb #c039
