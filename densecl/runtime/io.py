@@ -6,7 +6,7 @@
 __all__ = ['UNSUPPORTED', 'WARNED', 'MACHINE_ERRORS', 'warn_once', 'sync_to_disk', 'fsync_folder', 'atomic_write', 'parse_row',
            'read_log', 'UsageError', 'RunError', 'RunStopped', 'Launch', 'launch', 'machine_error', 'run_command',
            'note_once', 'did_you_mean', 'Parser', 'switch', 'add_config', 'option_name', 'lock_folder',
-           'check_output_folder']
+           'check_output_folder', 'strict_json']
 
 # %% ../../nbs/runtime/00_io.ipynb #c002
 import argparse
@@ -15,6 +15,7 @@ import difflib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -465,3 +466,23 @@ def check_output_folder(path: str | Path, option: str = "--out") -> None:
             raise UsageError(
                 f"{option} {path}: {name} is a file; give a folder, new or of an earlier run"
             )
+
+# %% ../../nbs/runtime/00_io.ipynb #c049
+def _replace_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _replace_nonfinite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replace_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, with null for numbers that are not finite.
+
+    Args:
+        value: dicts, lists, tuples, strings, numbers and None
+        indent: spaces per level; None: one line
+    """
+    return json.dumps(_replace_nonfinite(value), indent=indent, allow_nan=False)
