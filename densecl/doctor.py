@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from .config import Config, grid_size, upgrade_config, validate_field
 from .runtime.io import Parser, UsageError, atomic_write, read_log, run_command
+from .visualize import plotting
 
 # %% ../nbs/11_doctor.ipynb #c005
 class ReferenceLosses(NamedTuple):
@@ -417,7 +416,7 @@ COLORS = ("#1f77b4", "#ff7f0e")  # blue: global loss, positives; orange: dense l
 GRAY = "#7f7f7f"
 
 
-def _plot_fields(ax: Axes, rows: Rows, names: tuple[str, ...], title: str) -> None:
+def _plot_fields(ax: "plotting.Axes", rows: Rows, names: tuple[str, ...], title: str) -> None:
     marker = "." if len(rows) < 30 else ""
     for name, color in zip(names, COLORS):
         steps, values = field_values(rows, name)
@@ -425,7 +424,7 @@ def _plot_fields(ax: Axes, rows: Rows, names: tuple[str, ...], title: str) -> No
     ax.set(title=title, xlabel="step")
 
 
-def _plot_reference_losses(ax: Axes, rows: Rows, config: Config) -> None:
+def _plot_reference_losses(ax: "plotting.Axes", rows: Rows, config: Config) -> None:
     reference = reference_losses(config)
     for value, text in ((reference.chance, "chance level"), (reference.floor, "floor")):
         ax.axhline(value, color=GRAY, ls="--", lw=1)
@@ -439,13 +438,13 @@ def _plot_reference_losses(ax: Axes, rows: Rows, config: Config) -> None:
     ax.set_ylim(0, 1.12 * max([reference.chance, *values[np.isfinite(values)]]))
 
 # %% ../nbs/11_doctor.ipynb #c048
-def _plot_public_run(ax: Axes) -> None:
+def _plot_public_run(ax: "plotting.Axes") -> None:
     steps, loss_global, loss_dense = zip(*PUBLIC_RUN)
     ax.plot(steps, loss_global, "x", color=COLORS[0], label="public COCO run (issue 6)")
     ax.plot(steps, loss_dense, "x", color=COLORS[1])
 
 
-def plot_run(rows: Rows, config: Config) -> Figure:
+def plot_run(rows: Rows, config: Config) -> "plotting.Figure":
     """Figure of a run: losses, matching accuracy and cosines, with their reference values.
 
     A run with the paper's K, T and batch size is compared with `PUBLIC_RUN`.
@@ -454,7 +453,7 @@ def plot_run(rows: Rows, config: Config) -> Figure:
         rows: rows of metrics.jsonl, at least one
         config: config of the run
     """
-    fig = Figure(figsize=(11, 3.2), dpi=100, layout="constrained")
+    fig = plotting.new_figure(11, 3.2, dpi=100)
     losses, accuracy, cosines = fig.subplots(1, 3)
     _plot_fields(losses, rows, ("loss_global", "loss_dense"), "losses, unweighted")
     _plot_reference_losses(losses, rows, config)

@@ -6,18 +6,15 @@
 __all__ = ['CHANGEABLE_FIELDS', 'AMP_DTYPES', 'build_model', 'TrainState', 'recovery_advice', 'check_losses', 'checkpoint_state',
            'check_resumable', 'find_checkpoint', 'resume_run', 'step_seed', 'set_schedules', 'train_step',
            'setup_device', 'wrap_model', 'step_figure', 'add_step', 'diagnostics', 'log_fields', 'should_run',
-           'next_batch', 'run_probes', 'save_before_after', 'count_steps', 'train']
+           'run_probes', 'save_before_after', 'count_steps', 'train']
 
 # %% ../nbs/09_trainer.ipynb #c004
 import os
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .augment import seeded
@@ -29,12 +26,13 @@ from densecl.data.loader import (
     DataWaitMonitor,
     build_loader,
     build_views,
+    next_batch,
     to_device,
 )
 from .doctor import CollapseMonitor
 from .encoder import Encoder, build_backbone
 from .evaluate.correspondence import batch_figure, match_figure, probe_views
-from .evaluate.probes import format_line, run_probe
+from .evaluate.probes import format_line, open_views, run_probe
 from .model import DenseCL, MoCo
 from .runtime import checkpoint, distributed
 from .runtime.checkpoint import RunWriter
@@ -43,6 +41,9 @@ from .runtime.metrics import Meter, check_finite, gradient_norm
 from .runtime.signals import StopSignal, raise_stopped
 from .runtime.workers import iter_batches
 from .variants import DenseCLVariant
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../nbs/09_trainer.ipynb #c009
 def build_model(config: Config) -> MoCo:
@@ -82,6 +83,7 @@ class TrainState:
     Attributes:
         step: number of steps done
         saved_step: step of the last checkpoint; 0: there is none
+        opened: the data of the run's probes, see `run_probe`
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -89,6 +91,7 @@ class TrainState:
         self.device = device
         self.step = 0
         self.saved_step = 0
+        self.opened: dict = {}
         self.model = build_model(config).to(device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -323,7 +326,7 @@ def wrap_model(model: MoCo, config: Config) -> nn.Module:
     return distributed.average_gradients(model, config.deterministic)
 
 # %% ../nbs/09_trainer.ipynb #c032
-def step_figure(batch: dict, out: dict, device: torch.device) -> Figure | None:
+def step_figure(batch: dict, out: dict, device: torch.device) -> "Figure | None":
     """Figure of the matches of a step; None for MoCo-v2, which has none.
 
     Args:
@@ -400,22 +403,8 @@ def should_run(every: int, step: int, last: int) -> bool:
     """
     return step == last or (every > 0 and step % every == 0)
 
-# %% ../nbs/09_trainer.ipynb #c042
-def next_batch(batches: Iterator[dict[str, Any]], meter: Meter) -> dict[str, Any]:
-    """The next batch of the loader.
-
-    Args:
-        batches: from `iter_batches`; raises `RunError` when it finds no image that can be decoded
-        meter: the time spent waiting is added to its `data_wait`
-    """
-    start = time.perf_counter()
-    try:
-        return next(batches)
-    finally:
-        meter.data_wait += time.perf_counter() - start
-
 # %% ../nbs/09_trainer.ipynb #c044
-def run_probes(state: TrainState, writer: RunWriter) -> None:
+def run_probes(state: TrainState, writer: RunWriter, meter: Meter) -> None:
     """Run the probes of config.probe on rank 0, and log and print their results.
 
     After the last step, the probe `match` also saves a figure: before and after training.
@@ -423,30 +412,34 @@ def run_probes(state: TrainState, writer: RunWriter) -> None:
     Args:
         state: the state after the step
         writer: writer of the run
+        meter: its clock stops meanwhile
     """
     if not writer.active:
         return
-    config, names = state.config, state.config.probe.split(",")
-    with seeded(config.seed, state.step):
+    config, names, opened = state.config, state.config.probe.split(","), state.opened
+    with meter.paused(), seeded(config.seed, state.step):
         for name in names:
             encoder = state.model.encoder_q
-            results = run_probe(encoder, name, config.probe_root, config.image_size)
+            results = run_probe(encoder, name, config.probe_root, config.image_size, opened)
             writer.write_probe(state.step, name, results)
             writer.message(f"step {state.step}, {name}, {format_line(results)}")
         if state.step == writer.last_step and "match" in names:
-            save_before_after(state, writer)
+            views = opened[open_views]
+            if config.probe_root:
+                views = probe_views(TileSource(HELD_OUT_PHOTOS), config.image_size)
+            save_before_after(state, writer, views)
 
 
-def save_before_after(state: TrainState, writer: RunWriter) -> None:
-    """Save a figure of the matches on the held-out photograph, before and after training.
+def save_before_after(state: TrainState, writer: RunWriter, views: dict[str, Tensor]) -> None:
+    """Save a figure of the matches in held-out views, before and after training.
 
     Args:
         state: the state after the last step
         writer: writer of the run
+        views: from `probe_views`
     """
     encoder = state.model.encoder_q
     untrained = build_model(state.config).encoder_q  # the same seed: the initial network
-    views = probe_views(TileSource(HELD_OUT_PHOTOS), state.config.image_size)
     path = writer.folder / "matches" / "before_after.png"
     match_figure({"before": untrained.to(state.device), "after": encoder}, views).savefig(path)
     writer.message(f"look at {path}")
@@ -490,7 +483,7 @@ def train(config: Config, views: Dataset | None = None) -> MoCo:
     writer = RunWriter(config.out, asdict(config), state.step, last, config.keep_checkpoints)
     with writer, StopSignal() as stop_signal:
         if config.probe and state.step == 0:
-            run_probes(state, writer)
+            run_probes(state, writer, meter)
         forward = wrap_model(state.model, config)
         batches = iter_batches(build_loader(config, views, state.step, last), config.timeout)
         state.model.train()
@@ -509,10 +502,11 @@ def train(config: Config, views: Dataset | None = None) -> MoCo:
                     monitor.update(row, writer.message)
                 meter = Meter()
             if config.probe and should_run(config.probe_every, state.step, last):
-                run_probes(state, writer)
+                run_probes(state, writer, meter)
             if stopping or should_run(config.save_every, state.step, last):
-                saved = checkpoint_state(state, meter, corrupt)
-                writer.save(saved, step_figure(batch, out, device) if writer.active else None)
+                with meter.paused():
+                    figure = step_figure(batch, out, device) if writer.active else None
+                    writer.save(checkpoint_state(state, meter, corrupt), figure)
             if stopping:
                 break
         if corrupt.count:

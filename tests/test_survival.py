@@ -27,7 +27,12 @@ TINY = shlex.split(
     "--queue-len 24 --lr 0.0075 --lambda-warmup 0 --dim 8 --hidden 16 --threads 1 --amp off "
     "--log-every 2 --save-every 3 --deterministic --epochs 100000 --timeout 60 --probe ''"
 )
-CLOCK = {"images_per_s", "data_wait", "memory"}  # fields that differ between two equal runs
+CLOCK = {
+    "images_per_s",
+    "data_wait",
+    "loader_cpu",
+    "memory",
+}  # fields that differ between two equal runs
 ENV = os.environ | {
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['KeyedDataset', 'build_views', 'normalize_on_device', 'color_on_device', 'to_device', 'stack_images', 'collate',
-           'build_loader', 'CorruptImageCounter', 'DataWaitMonitor']
+           'build_loader', 'CorruptImageCounter', 'next_batch', 'DataWaitMonitor']
 
 # %% ../../nbs/data/09_loader.ipynb #c002
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .dataset import BatchSampler, open_source
 from ..runtime import distributed
 from ..runtime.distributed import constant, queue_copy
 from ..runtime.io import RunError, UsageError
+from ..runtime.metrics import Meter, cores_per_process
 from ..runtime.workers import worker_options
 
 # %% ../../nbs/data/09_loader.ipynb #c007
@@ -43,7 +45,11 @@ class KeyedDataset(Dataset):
         return len(self.views)
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Any]:
-        epoch, position, index = key
+        start = time.thread_time()
+        sample = self._sample(*key)
+        return sample | {"cpu_seconds": time.thread_time() - start}
+
+    def _sample(self, epoch: int, position: int, index: int) -> dict[str, Any]:
         if hasattr(self.views, "at"):
             return self.views.at(epoch, position, index)
         with seeded(self.seed, epoch, position):
@@ -132,12 +138,13 @@ def stack_images(images: list[Tensor]) -> Tensor:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the tensors of a batch by name; the lists `bad` are concatenated.
+    """Stack the tensors of a batch by name; concatenate the lists `bad`, add the `cpu_seconds`.
 
     Args:
         samples: items of `KeyedDataset`
     """
     done = {"bad": [error for sample in samples for error in sample.get("bad", [])]}
+    done["cpu_seconds"] = sum(sample.get("cpu_seconds", 0.0) for sample in samples)
     for name in ("im_q", "im_k"):
         if getattr(samples[0][name], "dtype", None) == torch.uint8:
             done[name] = stack_images([sample[name] for sample in samples])
@@ -213,12 +220,31 @@ class CorruptImageCounter:
             f"others ({len(self.names)} different ones, on this rank); they are named above"
         )
 
-# %% ../../nbs/data/09_loader.ipynb #c037
-class DataWaitMonitor:
-    """Warns once in a run when much of its time is spent waiting for data.
+# %% ../../nbs/data/09_loader.ipynb #c035c
+def next_batch(batches: Iterator[dict[str, Any]], meter: Meter) -> dict[str, Any]:
+    """The next batch of the loader.
 
     Args:
-        config: augment and workers are used
+        batches: from `iter_batches`; raises `RunError` when it finds no image that can be decoded
+        meter: the time spent waiting is added to its `data_wait`, the CPU time of loading to its
+            `loader_cpu`
+    """
+    start = time.perf_counter()
+    if not meter.images:  # the first step since the last row
+        meter.start = start
+    try:
+        batch = next(batches)
+        meter.loader_cpu += batch["cpu_seconds"]
+        return batch
+    finally:
+        meter.data_wait += time.perf_counter() - start
+
+# %% ../../nbs/data/09_loader.ipynb #c037
+class DataWaitMonitor:
+    """Warns once in a run when much of its time is spent on images.
+
+    Args:
+        config: augment, device and workers are used
         max_fraction: fraction of the time that is acceptable
     """
 
@@ -237,13 +263,26 @@ class DataWaitMonitor:
         if self.first_step is None:
             self.first_step = row["step"]
         starting = row["step"] < self.first_step + 100
-        if self.warned or starting or row["data_wait"] <= self.max_fraction:
+        waits = row["data_wait"] > self.max_fraction
+        competes = row["loader_cpu"] > self.max_fraction and self._share_cores()
+        if self.warned or starting or not (waits or competes):
             return
         self.warned = True
         faster = "--augment fast, " if self.config.augment == "reference" else ""
+        if waits:
+            problem = f"{row['data_wait']:.0%} of the time is spent waiting for images"
+            cores = f"this machine has {os.cpu_count()} cores"
+            faster += f"more --workers (now {self.config.workers}; {cores}), "
+        else:
+            problem = f"loading images takes {row['loader_cpu']:.0%} of the cores that train"
         warn(
-            f"{row['data_wait']:.0%} of the time is spent waiting for images; what helps: {faster}"
-            f"more --workers (now {self.config.workers}; this machine has {os.cpu_count()} cores), "
-            "or smaller images on a fast disk "
+            f"{problem}; what helps: {faster}or smaller images on a fast disk "
             "(python -m densecl.data lmdb SRC DST.lmdb --short-side 320)"
         )
+
+    def _share_cores(self) -> bool:
+        """Whether a training on the CPU and the workers need more cores than there are."""
+        if self.config.device == "cuda" or self.config.workers == 0:
+            return False
+        on_cpu = self.config.device == "cpu" or not torch.cuda.is_available()
+        return on_cpu and torch.get_num_threads() + self.config.workers > cores_per_process()

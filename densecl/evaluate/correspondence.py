@@ -10,11 +10,9 @@ __all__ = ['SAME_CELL_ADVICE', 'probe_views', 'moved_positions', 'match_scores',
 import math
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..augment import AugmentConfig, TwoViews, denormalize
@@ -30,6 +28,10 @@ from ..encoder import Encoder
 from .features import encode_images
 from ..runtime.io import note_once
 from ..visualize import plotting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/evaluate/01_correspondence.ipynb #c007
 def probe_views(
@@ -175,14 +177,14 @@ def judge_match_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 # %% ../../nbs/evaluate/01_correspondence.ipynb #c022
 def _draw_pair(
-    ax: Axes, batch: dict, index: int, points: Tensor, match: Tensor, correct: Tensor | None
+    ax: "Axes", batch: dict, index: int, points: Tensor, match: Tensor, correct: Tensor | None
 ) -> None:
     # points: M x 2 in the query view, match: M x 2 in the key view, correct: M bool
     im_q, im_k = denormalize(batch["im_q"][index]), denormalize(batch["im_k"][index])
     plotting.draw_matches(ax, im_q, im_k, points, match, correct)
 
 # %% ../../nbs/evaluate/01_correspondence.ipynb #c024
-def match_figure(encoders: dict[str, Encoder], batch: dict[str, Tensor], rows: int = 6) -> Figure:
+def match_figure(encoders: dict[str, Encoder], batch: dict[str, Tensor], rows: int = 6) -> "Figure":
     """Matches by backbone features of the points that moved, one column per network.
 
     A line is blue when it ends within one cell of the ground truth, else orange.
@@ -192,18 +194,18 @@ def match_figure(encoders: dict[str, Encoder], batch: dict[str, Tensor], rows: i
         batch: from `probe_views`
         rows: pairs to draw, evenly spaced among those in which at least half of the points moved
     """
-    features = {
-        name: [encode_images(encoder, batch[view])[0] for view in ("im_q", "im_k")]
-        for name, encoder in encoders.items()
-    }
-    h, w = next(iter(features.values()))[0].shape[2:]
+    first = next(iter(encoders.values()))
+    h, w = encode_images(first, batch["im_q"][:1])[0].shape[2:]
     truth = ground_truth_match(batch["affine_q"], batch["affine_k"], h, w)
     moved, centers = moved_positions(truth, w), cell_centers(h, w)
-    pairs, columns = _pairs_that_moved(moved, rows), len(features)
+    pairs, columns = _pairs_that_moved(moved, rows), len(encoders)
+    matches = {}  # name -> pairs x hw
+    for name, encoder in encoders.items():
+        f_q, f_k = (encode_images(encoder, batch[view][pairs])[0] for view in ("im_q", "im_k"))
+        matches[name] = best_match(f_q, f_k)
     fig, axes = plotting.panels(len(pairs) * columns, columns, size=2.6, aspect=2.05)
-    for ax, (index, name) in zip(axes, product(pairs, features)):
-        f_q, f_k = (f[index : index + 1] for f in features[name])
-        match, drawn = best_match(f_q, f_k)[0], moved[index]
+    for ax, ((i, index), name) in zip(axes, product(enumerate(pairs), matches)):
+        match, drawn = matches[name][i], moved[index]
         correct = (cell_distance_squared(match, truth[index], w) <= 1)[drawn]
         _draw_pair(ax, batch, index, centers[drawn], centers[match[drawn]], correct)
         ax.set_title(f"{name}: {int(correct.sum())} of {len(correct)} correct", fontsize=10)
@@ -219,7 +221,7 @@ def _pairs_that_moved(moved: Tensor, limit: int) -> list[int]:
     return pairs[chosen].tolist()
 
 # %% ../../nbs/evaluate/01_correspondence.ipynb #c028
-def batch_figure(batch: dict[str, Tensor], out: dict, limit: int = 4) -> Figure:
+def batch_figure(batch: dict[str, Tensor], out: dict, limit: int = 4) -> "Figure":
     """The matches of a training step, for the first pairs of its batch.
 
     A line is blue when it ends within one cell of the ground truth, else orange; without geometry

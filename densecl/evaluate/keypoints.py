@@ -11,12 +11,11 @@ __all__ = ['UPSAMPLE', 'TOLERANCES', 'sample_features', 'predict_points', 'Keypo
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -36,6 +35,9 @@ from ..encoder import Encoder, l2_normalize
 from .features import encode_images, evenly_spaced
 from ..runtime.io import UsageError
 from ..visualize import plotting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/evaluate/03_keypoints.ipynb #c005
 def sample_features(f: Tensor, points: Tensor) -> Tensor:
@@ -335,7 +337,7 @@ def keypoint_probe(encoder: Encoder, dataset: KeypointDataset, pairs: Tensor) ->
 # %% ../../nbs/evaluate/03_keypoints.ipynb #c039
 def keypoint_figure(
     encoders: dict[str, Encoder], dataset: KeypointDataset, pairs: Tensor
-) -> Figure:
+) -> "Figure":
     """Draw the keypoints that networks predict by backbone features.
 
     A line is blue when it ends within a tenth of the crop's side from the annotation, else orange.

@@ -246,7 +246,9 @@ def _finite_or_none(value: float) -> float | None:
 TRAINED_SIZE = ("match", "rank", "knn", "linear", "svm")
 
 
-def run_probe(encoder: Encoder, probe: str, root: str, size: int) -> dict[str, dict]:
+def run_probe(
+    encoder: Encoder, probe: str, root: str, size: int, opened: dict | None = None
+) -> dict[str, dict]:
     """Run a probe during a training: name -> dict of numbers; the encoder is left unchanged.
 
     Args:
@@ -254,6 +256,8 @@ def run_probe(encoder: Encoder, probe: str, root: str, size: int) -> dict[str, d
         probe: one of `PROBES`
         root: --probe-root; stereo always uses the embedded pair
         size: side of the training views in pixels
+        opened: the data that the run's probes have opened, by the function that opened it; new data
+            is added; None: open the data
     """
     options = probe_options(
         probe,
@@ -262,7 +266,10 @@ def run_probe(encoder: Encoder, probe: str, root: str, size: int) -> dict[str, d
         limit=256 if probe in ("match", "rank") else 1000,
         trials=1,
     )
-    return PROBES[probe].run(encoder, PROBES[probe].open(options), options)
+    opened, open_data = {} if opened is None else opened, PROBES[probe].open
+    if open_data not in opened:
+        opened[open_data] = open_data(options)
+    return PROBES[probe].run(encoder, opened[open_data], options)
 
 
 def format_line(rows: dict[str, dict]) -> str:

@@ -10,14 +10,15 @@ import hashlib
 import html
 import io
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from PIL import Image
 
 from . import plotting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['POINT_SCRIPT', 'PAGE_SCRIPT', 'CANVAS_STYLE', 'ROW_STYLE', 'BODY_STYLE', 'encode_similarity', 'jpeg_data_url',
@@ -128,6 +129,8 @@ def page_data(a: np.ndarray, b: np.ndarray, sim: np.ndarray) -> dict[str, Any]:
         b: right image, H' x W' x 3, uint8
         sim: h x w x h' x w', cosine of each cell of `a` with each cell of `b`
     """
+    from matplotlib import colormaps
+
     text, low, high = encode_similarity(sim)
     colors = (255 * colormaps["inferno"](np.arange(256))[:, :3]).round().astype(int).tolist()
     return {

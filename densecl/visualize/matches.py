@@ -176,7 +176,7 @@ def show_matches(
     b = np.array(b)
     aspect_a, aspect_b = (image.shape[0] / image.shape[1] for image in (a, b))
     heights = (4.4 * max(aspect_a, aspect_b), 9 / (len(points) + 1) * aspect_b + 0.3)  # inches
-    fig = plotting.Figure(figsize=(9, sum(heights)), dpi=72, layout="constrained")
+    fig = plotting.new_figure(9, sum(heights))
     upper, lower = fig.subfigures(2, 1, height_ratios=heights)
     positions_a = cell_centers(*grid_a)[index_a]
     positions_b = cell_centers(*grid_b)[index_b]

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import cycle
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['BOX_COLORS', 'CORRECT_COLOR', 'INCORRECT_COLOR', 'jpeg_figures', 'png_figures', 'panels', 'show_images', 'draw_boxes',
-           'side_by_side', 'to_pixel_coordinates', 'draw_matches', 'draw_similarity', 'plot_curves']
+__all__ = ['BOX_COLORS', 'CORRECT_COLOR', 'INCORRECT_COLOR', 'jpeg_figures', 'png_figures', 'new_figure', 'panels', 'show_images',
+           'draw_boxes', 'side_by_side', 'to_pixel_coordinates', 'draw_matches', 'draw_similarity', 'plot_curves']
 
 # %% ../../nbs/visualize/00_plotting.ipynb #c007
 def jpeg_figures() -> None:
@@ -33,6 +34,19 @@ def png_figures() -> None:
     set_matplotlib_formats("png")
 
 # %% ../../nbs/visualize/00_plotting.ipynb #c010
+def new_figure(width: float, height: float, dpi: int = 72) -> Figure:
+    """An empty figure whose layout leaves space for titles and labels.
+
+    Args:
+        width: in inches
+        height: in inches
+        dpi: pixels per inch
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
 def panels(
     n: int, cols: int = 4, size: float = 2.4, titles: Sequence[str] = (), aspect: float = 1.0
 ) -> tuple[Figure, list[Axes]]:
@@ -50,7 +64,7 @@ def panels(
     """
     cols = min(cols, n)
     rows = -(-n // cols)
-    fig = Figure(figsize=(cols * size * aspect, rows * (size + 0.25)), dpi=72, layout="constrained")
+    fig = new_figure(cols * size * aspect, rows * (size + 0.25))
     axes = list(fig.subplots(rows, cols, squeeze=False).flat)
     for i, ax in enumerate(axes):
         ax.set_axis_off()
@@ -141,6 +155,9 @@ def _match_colors(count: int, correct: Sequence[bool] | None) -> list[str]:
     """Return the color of each line: by correctness, or distinct colors if that is unknown."""
     if correct is not None:
         return [CORRECT_COLOR if flag else INCORRECT_COLOR for flag in correct]
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
     return [to_hex(colormaps["turbo"]((i + 0.5) / count)) for i in range(count)]
 
 # %% ../../nbs/visualize/00_plotting.ipynb #c034
@@ -202,7 +219,7 @@ def plot_curves(rows: Sequence[dict], fields: Sequence[str], x: str = "step") ->
         fields: names of the fields to plot; rows without a field are skipped in its panel
         x: field on the horizontal axis
     """
-    fig = Figure(figsize=(3.2 * len(fields), 2.4), dpi=72, layout="constrained")
+    fig = new_figure(3.2 * len(fields), 2.4)
     axes = np.atleast_1d(fig.subplots(1, len(fields)))
     for ax, field in zip(axes, fields):
         logged = [row for row in rows if row.get(field) is not None]

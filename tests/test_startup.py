@@ -1,0 +1,72 @@
+"""What a run does besides training steps: imports, probes, and how its time is measured."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from densecl import trainer
+from densecl.data import loader
+from densecl.evaluate import probes
+from densecl.runtime import metrics
+from tiny import TINY
+
+
+@pytest.fixture
+def tiny(make_images, tmp_path):
+    """A config for twelve images; `out` is a new folder."""
+    make_images(tmp_path / "images")
+    return replace(
+        TINY, data_root=str(tmp_path / "images"), device="cpu", out=str(tmp_path / "run")
+    )
+
+
+def test_the_views_of_the_probes_are_made_once_per_run(tiny, monkeypatch):
+    made, probe_views = [], probes.probe_views
+    for module in (probes, trainer):
+        monkeypatch.setattr(
+            module, "probe_views", lambda *args: made.append(args) or probe_views(*args)
+        )
+    trainer.train(replace(tiny, probe="match,rank", probe_every=2))
+    assert len(made) == 1
+    assert (Path(tiny.out) / "matches/before_after.png").is_file()
+
+
+def test_rates_leave_probes_and_checkpoints_out(tiny, monkeypatch):
+    """A clock on which each probe and each checkpoint takes two weeks."""
+    late = [0.0]
+
+    def slow(function):
+        def run(*args):
+            late[0] += 1e6
+            return function(*args)
+
+        return run
+
+    now = lambda: time.perf_counter() + late[0]
+    clock = SimpleNamespace(perf_counter=now, thread_time=time.thread_time)
+    for module in (loader, metrics):
+        monkeypatch.setattr(module, "time", clock)
+    for owner, name in ((trainer, "run_probe"), (trainer.RunWriter, "save")):
+        monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
+    trainer.train(replace(tiny, probe="match", probe_every=1, save_every=1, log_every=2))
+    rows = [
+        json.loads(line) for line in (Path(tiny.out) / "metrics.jsonl").read_text().splitlines()
+    ]
+    rows = [row for row in rows if "probe" not in row]
+    assert late[0] == 7e6 + 6e6 and [row["step"] for row in rows] == [2, 4, 6]
+    assert all(row["images_per_s"] > 1e-3 for row in rows)
+
+
+def test_a_training_starts_without_matplotlib():
+    modules = "densecl.train, densecl.trainer, densecl.cost"
+    code = f"import sys, {modules}; print(*sorted(sys.modules))"
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "densecl.trainer" in loaded
+    assert "matplotlib" not in loaded
