@@ -340,7 +340,7 @@ def has_few_colors(source: ImageSource, index: int) -> bool:
 def find_few_colors(source: ImageSource, samples: int = 24) -> tuple[int, str, list[str]] | None:
     """About how many images have few colors, the name of one, and patterns that exclude them.
 
-    None if there are none, as far as a sample shows.
+    None if fewer than two of a sample are such images.
 
     Args:
         source: the source
@@ -348,16 +348,16 @@ def find_few_colors(source: ImageSource, samples: int = 24) -> tuple[int, str, l
     """
     chosen = range(0, len(source), -(-len(source) // 20_000))
     names = [source.name(i) for i in chosen]
-    count, example, found, other = 0, "", [], []
+    count, examples, found, other = 0, [], [], []
     for group, members in progress_bar(group_names(names).items(), desc="looking at some images"):
         tries = max(2, samples * len(members) // len(names))
         picked = {members[i * len(members) // tries] for i in range(tries)}
         few = [i for i in sorted(picked) if has_few_colors(source, chosen[i])]
-        example = example or (names[few[0]] if few else "")
+        examples += [names[i] for i in few]
         count += len(members) * chosen.step * len(few) // len(picked)
         (found if few else other).append(group)
     patterns = [pattern for group in found if (pattern := group_pattern(group, other))]
-    return (count, example, patterns) if example else None
+    return (count, examples[0], patterns) if len(examples) > 1 else None
 
 
 def group_pattern(group: tuple[str, str], other: list[tuple[str, str]]) -> str:
