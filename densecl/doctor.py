@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .config import Config, grid_size, upgrade_config, validate_field
+from .data.dataset import past_image_hints
 from .runtime.io import Parser, UsageError, atomic_write, read_log, run_command
 from .visualize import plotting
 
@@ -543,14 +544,13 @@ def main(argv: list[str]) -> None:
     """
     p = Parser(prog="python -m densecl.doctor", description=main.__doc__.splitlines()[0])
     p.add_argument("run", help="a run folder, such as runs/demo")
-    image_help = "image to write (.png, .jpg, .pdf); empty: doctor.png in the run folder"
-    p.add_argument("--out", default="", help=image_help)
+    p.add_argument("--out", default="", help="image to write (.png, .jpg, .pdf) [RUN/doctor.png]")
     args = p.parse_args(argv)
     rows, config = read_run(args.run)
     out = Path(args.out or run_folder(args.run) / "doctor.png")
     if out.suffix.lower() not in (".png", ".jpg", ".pdf"):
         raise UsageError(f"--out {out}: must end in .png, .jpg or .pdf")
-    print(report(rows, config, read_probes(args.run)))
+    print(report(rows, config, read_probes(args.run)), *past_image_hints(config), sep="\n")
     try:
         with atomic_write(out) as f:
             plot_run(rows, config).savefig(f, format=out.suffix[1:].lower(), dpi=100)

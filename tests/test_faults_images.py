@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from densecl.config import presets
+from densecl.config import Config, presets
 from densecl.data import __main__ as data_command
-from densecl.data.dataset import image_hints, open_source
+from densecl.data.dataset import image_hints, open_source, past_image_hints
 from densecl.data.decode import CorruptImageError, decode_image
 from densecl.data.sources import folder_source
 from densecl.runtime.io import UsageError
@@ -248,6 +248,8 @@ def test_masks_among_the_images_are_reported_and_can_be_excluded(write, make_ima
         assert len(hints) == 1 and f"--exclude {pattern}" in hints[0], text
         assert "about 20 of 40 images" in hints[0]
     patterns = pattern.strip("'")
+    assert hints == [f"hint: {hint}" for hint in past_image_hints(Config(data_root=root))]
+    assert past_image_hints(Config(data_root=root, exclude=patterns)) == []
     data_command.main(["check", root, "--exclude", patterns])
     out = capsys.readouterr().out
     assert ": 20 images" in out and "label masks" not in out
@@ -294,6 +296,12 @@ def test_an_image_with_a_handful_of_tones_is_reported(make_images, capsys):
         Image.fromarray(dark).save(f"set/dark_{i}.png")
     data_command.main(["check", "set"])
     assert "8 of 16 images" in capsys.readouterr().out
+
+
+def test_a_single_black_image_is_no_mask(make_images):
+    make_images(Path("set"), 12)
+    Image.new("RGB", (64, 48)).save("set/black.png")
+    assert image_hints(open_source("set")) == []
 
 
 def test_links_that_lead_nowhere_are_counted(make_images, capsys):

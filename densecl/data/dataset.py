@@ -7,7 +7,7 @@ __all__ = ['TRAIN_PHOTOS', 'HELD_OUT_PHOTOS', 'BUILTIN_PHOTOS', 'PHOTOS', 'FOLDE
            'EXPECTED_SOURCE', 'FEW_COLORS', 'MASK_NAME', 'MAX_GROUPS', 'load_photo', 'TileSource', 'SourceType',
            'photos_source', 'check_reserved_word', 'file_mode', 'find_source_type', 'NamePatterns', 'SubsetSource',
            'select_images', 'open_source', 'name_ending', 'group_names', 'has_few_colors', 'find_few_colors',
-           'group_pattern', 'image_hints', 'BatchSampler']
+           'group_pattern', 'image_hints', 'past_image_hints', 'BatchSampler']
 
 # %% ../../nbs/data/05_dataset.ipynb #c004
 import os
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..config import Config
 from .decode import CorruptImageError, one_line
 from .lmdb import LmdbSource
 from .shards import ShardSource, is_shard_folder
@@ -396,6 +397,19 @@ def image_hints(source: ImageSource) -> list[str]:
         + (remedy if patterns else " (--exclude, --include)")
     )
     return hints
+
+
+def past_image_hints(config: Config) -> list[str]:
+    """The `image_hints` of the data of an earlier run; empty if they are gone or embedded.
+
+    Args:
+        config: data_root, include and exclude are used
+    """
+    try:
+        source = open_source(config.data_root, config.include, config.exclude)
+        return [] if isinstance(source, TileSource) else image_hints(source)
+    except UsageError:
+        return []
 
 # %% ../../nbs/data/05_dataset.ipynb #c031
 class BatchSampler:
