@@ -84,6 +84,10 @@ class Config:
     """momentum of SGD"""
     weight_decay: float = 1e-4
     """on all parameters, batch norm and biases too"""
+    cache_dir: str = ""
+    """folder of a local cache of remote images; empty: none"""
+    cache_gb: float = 50
+    """size of this cache in GB (1e9 bytes)"""
     workers: int = 4
     """loader processes per training process; any number gives the same batches"""
     seed: int = 0

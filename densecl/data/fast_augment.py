@@ -12,6 +12,7 @@ __all__ = ['MAX_BUFFER_BYTES', 'DECODE_BUFFER', 'LUMA_WEIGHTS', 'ROUND_DOWN', 'I
 import io
 import math
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -111,7 +112,7 @@ class FastDecodeSource(ImageSource):
     """
 
     def __init__(self, source: ImageSource) -> None:
-        self.source = source
+        self.source, self.reads_ahead = source, source.reads_ahead
 
     def __len__(self) -> int:
         return len(self.source)
@@ -121,6 +122,9 @@ class FastDecodeSource(ImageSource):
 
     def read(self, index: int) -> bytes | np.ndarray:
         return self.source.read(index)
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        self.source.prefetch(indices)
 
     def load(self, index: int) -> np.ndarray:
         """The image, H x W x 3 uint8; raises `CorruptImageError` as the reference does.

@@ -360,6 +360,8 @@ class RemoteShardSource(ShardSource):
         cache_gb: size of the cache in GB (1e9 bytes)
     """
 
+    reads_ahead = True
+
     def __init__(self, root: str, cache_dir: Path | str = "", cache_gb: float = 50) -> None:
         urls = expand_range(str(root))
         self._concatenate(root, urls, map_shards(load_remote_index, urls, "reading indices"))

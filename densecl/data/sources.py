@@ -17,7 +17,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from ..runtime.io import UsageError, atomic_write
 # %% ../../nbs/data/01_sources.ipynb #c008
 class ImageSource:
     """An indexed collection of images; a subclass implements `__len__`, `name` and `read`."""
+
+    reads_ahead = False  # whether `prefetch` does anything
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -65,6 +67,13 @@ class ImageSource:
             index: 0 .. len - 1
         """
         raise NotImplementedError
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Start to read images that will be needed soon; a source on a local disk does nothing.
+
+        Args:
+            indices: 0 .. len - 1 each
+        """
 
     def fetch(self, index: int) -> bytes | np.ndarray:
         """Like `read`, but raises `CorruptImageError` with the image's name.
