@@ -10,7 +10,7 @@ settings = ConfigParser(delimiters="=", interpolation=None)
 settings.read(here / "settings.ini", encoding="utf-8")
 get = settings["DEFAULT"].get
 source = f"https://github.com/{get('user')}/{get('repo')}"
-transfer, timm, dev = (get(f"{name}_requirements").split() for name in ("transfer", "timm", "dev"))
+extras = {n: get(f"{n}_requirements").split() for n in ("transfer", "timm", "remote", "dev")}
 
 setup(
     name=get("lib_name"),
@@ -47,5 +47,5 @@ setup(
     entry_points={"console_scripts": get("console_scripts").split()},
     python_requires=">=" + get("min_python"),
     install_requires=get("requirements").split(),
-    extras_require={"transfer": transfer, "timm": timm, "dev": [*dev, *transfer, *timm]},
+    extras_require=extras | {"dev": sum(extras.values(), [])},
 )

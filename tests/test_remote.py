@@ -24,6 +24,7 @@ from test_survival import (
     undisturbed,
 )
 
+from densecl.data import __main__ as data_command
 from densecl.data.dataset import open_source
 from densecl.data.loader import build_loader, build_views
 from densecl.data.remote import RemoteShardSource, index_remote_shards
@@ -156,6 +157,13 @@ def test_a_server_that_fails_now_and_then_changes_nothing(shards):
         source = open_source(f"{server.url}/{RANGE}")
         assert source.read_many(range(24)) == [local.read(i) for i in range(24)]
         assert len(server.requests) > 30
+
+
+def test_the_command_indexes_once_and_refuses_what_is_no_url(shards, capsys):
+    data_command.main(["index", f"file://{shards}/{RANGE}"])
+    assert "24 images; indices in file://" in capsys.readouterr().out
+    assert "no URL" in message(data_command.main, ["index", str(shards)])
+    assert "must name .tar shards" in message(data_command.main, ["index", "http://127.0.0.1/x"])
 
 
 def message(function, *args):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COCO_PARTS', 'IMAGENET_PARTS', 'VOC_PARTS', 'CITYSCAPES_PARTS', 'LAYOUTS', 'DatasetPart', 'DatasetLayout',
            'count_class_folders', 'is_on_path', 'recognize_layout', 'describe_part', 'describe_layout',
-           'suggest_command', 'hint_lines', 'describe_dataset', 'parser', 'check_lmdb_arguments', 'write_lmdb', 'main']
+           'suggest_command', 'hint_lines', 'describe_dataset', 'parser', 'check_lmdb_arguments', 'write_lmdb',
+           'index_shards', 'main']
 
 # %% ../../nbs/data/10_main.ipynb #c004
 import os
@@ -29,6 +30,7 @@ from densecl.data.dataset import (
 )
 from .decode import one_line
 from .lmdb import verify_lmdb
+from .remote import RemoteShardSource, index_remote_shards, is_url
 from .sources import ImageSource, coco_source, list_images, warn_once
 from ..runtime.io import Parser, UsageError, run_command
 
@@ -258,9 +260,11 @@ def describe_dataset(root: Path | str, include: str = "", exclude: str = "") -> 
 
 # %% ../../nbs/data/10_main.ipynb #c029
 def parser() -> Parser:
-    """Parser of the three subcommands."""
+    """Parser of the four subcommands."""
     main = Parser(prog="densecl data", description="Prepare datasets of images.")
-    commands = main.add_subparsers(dest="what", required=True, metavar="lmdb | verify | check")
+    commands = main.add_subparsers(
+        dest="what", required=True, metavar="lmdb | verify | check | index"
+    )
     lmdb = commands.add_parser("lmdb", prog="densecl data lmdb", help="write a source to one file")
     _add_lmdb_arguments(lmdb)
     verify = commands.add_parser(
@@ -272,6 +276,10 @@ def parser() -> Parser:
     )
     check.add_argument("root", help="a folder or file")
     _add_pattern_arguments(check)
+    index = commands.add_parser(
+        "index", prog="densecl data index", help="index tar shards behind a URL, once"
+    )
+    index.add_argument("url", help="URL of a .tar, or such as s3://bucket/set-{000000..000127}.tar")
     return main
 
 # %% ../../nbs/data/10_main.ipynb #c030
@@ -353,9 +361,23 @@ def write_lmdb(args: Namespace) -> str:
         text += f", {left_out} because they cannot be decoded"
     return f"{text}, {os.path.getsize(args.dst) / 1e6:.1f} MB"
 
+# %% ../../nbs/data/10_main.ipynb #c032b
+def index_shards(url: str) -> str:
+    """Index remote shards and return the line to print; raises `UsageError`.
+
+    Args:
+        url: URL of one or many .tar files
+    """
+    if not is_url(url):
+        raise UsageError(f"{one_line(url)}: no URL; shards on a disk are indexed when opened")
+    find_source_type(url)
+    stored = index_remote_shards(url)
+    more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
+    return f"{len(RemoteShardSource(url))} images; indices in {stored[0]}{more}"
+
 # %% ../../nbs/data/10_main.ipynb #c033
 def main(argv: list[str]) -> None:
-    """Run `lmdb SRC DST`, `verify DST` or `check ROOT`; raises `UsageError`.
+    """Run `lmdb SRC DST`, `verify DST`, `check ROOT` or `index URL`; raises `UsageError`.
 
     Args:
         argv: the arguments without the program's name
@@ -368,6 +390,8 @@ def main(argv: list[str]) -> None:
             print(f"{verify_lmdb(args.dst)} images, complete")
         if args.what == "check":
             print("\n".join(describe_dataset(args.root, args.include, args.exclude)))
+        if args.what == "index":
+            print(index_shards(args.url))
     except UsageError as e:
         # --data-root is an option of the training command, not of this one
         raise type(e)(str(e).removeprefix("--data-root ")) from None
