@@ -47,5 +47,5 @@ setup(
     entry_points={"console_scripts": get("console_scripts").split()},
     python_requires=">=" + get("min_python"),
     install_requires=get("requirements").split(),
-    extras_require=extras | {"dev": sum(extras.values(), [])},
+    extras_require=extras | {"dev": [name for names in extras.values() for name in names]},
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KeyedDataset', 'build_views', 'normalize_on_device', 'color_on_device', 'to_device', 'stack_images', 'collate',
-           'build_loader', 'CorruptImageCounter', 'next_batch', 'DataWaitMonitor']
+           'ReadAheadDataset', 'read_ahead', 'build_loader', 'CorruptImageCounter', 'next_batch', 'DataWaitMonitor']
 
 # %% ../../nbs/data/09_loader.ipynb #c002
 import os
@@ -63,7 +63,7 @@ def build_views(config: Config) -> TwoViews:
     Raises `UsageError` when the data or a library of the pipeline is missing.
 
     Args:
-        config: data_root, augment, image_size and seed are used
+        config: data_root, cache_dir, cache_gb, augment, image_size and seed are used
     """
     pipeline = TwoViews
     try:
@@ -76,7 +76,9 @@ def build_views(config: Config) -> TwoViews:
             f"--augment {config.augment}: {e}; pip install opencv-python-headless simplejpeg, "
             "or --augment reference"
         ) from None
-    source = open_source(config.data_root, config.include, config.exclude)
+    source = open_source(
+        config.data_root, config.include, config.exclude, config.cache_dir, config.cache_gb
+    )
     return pipeline(source, AugmentConfig(size=config.image_size), config.seed)
 
 # %% ../../nbs/data/09_loader.ipynb #c013
@@ -151,6 +153,51 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     rest = [{k: v for k, v in sample.items() if k not in done} for sample in samples]
     return default_collate(rest) | done
 
+# %% ../../nbs/data/09_loader.ipynb #c018b
+class ReadAheadDataset(KeyedDataset):
+    """A `KeyedDataset` that announces the images of the next batches to its source.
+
+    Args:
+        dataset: the dataset
+        source: the source of its images; its method `prefetch` takes indices
+        batches: the sampler of the loader
+        stride: number of batches from one batch of a worker to its next
+        depth: number of batches to read ahead
+    """
+
+    def __init__(
+        self,
+        dataset: KeyedDataset,
+        source: Any,
+        batches: BatchSampler,
+        stride: int,
+        depth: int = 2,
+    ) -> None:
+        super().__init__(dataset.views, dataset.seed)
+        self.source, self.batches, self.stride, self.depth = source, batches, stride, depth
+
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
+        step = self.batches.step_of(keys[0])
+        for ahead in range(self.depth + 1):
+            if step + ahead * self.stride < self.batches.stop:
+                batch = self.batches.batch(step + ahead * self.stride)
+                self.source.prefetch([index for _, _, index in batch])
+        return [self[key] for key in keys]
+
+
+def read_ahead(dataset: KeyedDataset, batches: BatchSampler, workers: int) -> KeyedDataset:
+    """The dataset, reading ahead if its source can.
+
+    Args:
+        dataset: for the loader
+        batches: the sampler of the loader
+        workers: number of loader processes
+    """
+    source = getattr(dataset.views, "source", None)
+    if not getattr(source, "reads_ahead", False):
+        return dataset
+    return ReadAheadDataset(dataset, source, batches, max(workers, 1))
+
 # %% ../../nbs/data/09_loader.ipynb #c020
 def build_loader(config: Config, views: Any, first: int, last: int) -> DataLoader:
     """This rank's batches of the steps first .. last - 1.
@@ -166,7 +213,7 @@ def build_loader(config: Config, views: Any, first: int, last: int) -> DataLoade
         len(views), config.batch_size, config.seed, first, last, rank, world_size
     )
     return DataLoader(
-        KeyedDataset(views, config.seed),
+        read_ahead(KeyedDataset(views, config.seed), batches, config.workers),
         batch_sampler=batches,
         collate_fn=collate,
         **worker_options(config.workers),
