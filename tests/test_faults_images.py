@@ -298,6 +298,13 @@ def test_an_image_with_a_handful_of_tones_is_reported(make_images, capsys):
     assert "8 of 16 images" in capsys.readouterr().out
 
 
+def test_a_link_in_a_circle_does_not_end_the_check(make_images, capsys):
+    make_images(Path("set/train/n01440764"), 6)
+    Path("set/train/circle").symlink_to("circle")
+    data_command.main(["check", "set"])
+    assert "6 images" in capsys.readouterr().out
+
+
 def test_a_single_black_image_is_no_mask(make_images):
     make_images(Path("set"), 12)
     Image.new("RGB", (64, 48)).save("set/black.png")

@@ -75,7 +75,7 @@ def count_class_folders(path: Path) -> int:
     """
     if not path.is_dir():
         return 0
-    folders = [entry.name for entry in os.scandir(path) if entry.is_dir()]
+    folders = [entry.name for entry in os.scandir(path) if os.path.isdir(entry.path)]
     return sum(bool(re.fullmatch(r"n\d{8}", name)) for name in folders)
 
 
