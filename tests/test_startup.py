@@ -1,6 +1,7 @@
 """What a run does besides training steps: imports, probes, and how its time is measured."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -70,3 +71,29 @@ def test_a_training_starts_without_matplotlib():
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert "densecl.trainer" in loaded
     assert "matplotlib" not in loaded
+
+
+STAGES = ["data", "pretrain", "resume", "extract", "probes", "detect", "segment", "doctor", "show"]
+
+
+def smoke(folder, **environment):
+    """What `full.sh smoke` prints."""
+    script = Path(__file__).parents[1] / "benchmarks/full.sh"
+    environment |= os.environ | {"OUT": str(folder), "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(script), "smoke"]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=600, check=True
+    ).stdout.splitlines()
+
+
+def test_the_trial_run_of_a_table_row_lists_its_commands_and_writes_nothing(tmp_path):
+    lines = smoke(tmp_path, DRY="1")
+    assert all(line.startswith("+ ") for line in lines) and len(lines) == len(STAGES) + 5
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.long
+def test_the_trial_run_of_a_table_row_passes_every_stage(tmp_path):
+    lines = smoke(tmp_path)
+    assert [line.split()[:2] for line in lines] == [["OK", stage] for stage in STAGES]
+    assert "resumed at step 10" in (tmp_path / "smoke/resume.log").read_text()
