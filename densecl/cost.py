@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FlopCounter', 'count_ops', 'forward_backward', 'count_step', 'estimate_sizes', 'free_memory', 'time_steps',
-           'Measurement', 'extrapolate', 'StepCost', 'measure_step', 'format_duration', 'cost_report',
+           'Measurement', 'extrapolate', 'StepCost', 'measure_step', 'measure_input', 'format_duration', 'cost_report',
            'check_disk_space', 'check_compiler', 'preflight']
 
 # %% ../nbs/12_cost.ipynb #c003
@@ -25,11 +25,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .config import Config
+from .data.loader import build_views
 from .loss import info_nce_reference
 from .model import MoCo, momentum_update_
 from .runtime import distributed
 from .runtime.io import RunError, UsageError
-from .runtime.metrics import peak_memory
+from .runtime.metrics import cores_per_process, peak_memory
 from .runtime.workers import check_shared_memory, check_worker_limits
 from .trainer import TrainState, build_model, setup_device, train_step, wrap_model
 
@@ -342,6 +343,23 @@ def _measure(state: TrainState, forward: nn.Module, images: int, steps: int) -> 
         ) from None
     return Measurement(images, seconds, peak_memory())
 
+# %% ../nbs/12_cost.ipynb #c032c
+def measure_input(config: Config, seconds: float = 2) -> float:
+    """Images per second that the workers of one process load, at most.
+
+    Args:
+        config: config of the run; raises `UsageError` when its data or pipeline is missing
+        seconds: time that the measurement may take, roughly
+    """
+    views, count = build_views(config), 0
+    views.at(0, 0, 0)  # imports and opens what is missing
+    start = time.perf_counter()
+    while count < 4 or (time.perf_counter() - start < seconds and count < 256):
+        views.at(0, count, count % len(views))
+        count += 1
+    one_core = count / (time.perf_counter() - start)
+    return one_core * max(1, min(config.workers, cores_per_process()))
+
 # %% ../nbs/12_cost.ipynb #c033
 def format_duration(seconds: float) -> str:
     """A duration in a unit that suits it, such as "1.5 hours".
@@ -372,7 +390,17 @@ def _size_lines(config: Config, world_size: int) -> dict[str, str]:
     return {"size": size, "sends": sends}
 
 # %% ../nbs/12_cost.ipynb #c034
-def cost_report(config: Config, images: int, cost: StepCost, world_size: int = 1) -> str:
+def _input_line(config: Config, cost: StepCost, world_size: int, loaded: float) -> str:
+    trained = world_size * cost.batch / cost.seconds
+    loaded *= world_size
+    line = f"{loaded:.0f} images per second, at most, from {config.workers} workers per process; "
+    limit = "; loading is the limit" if loaded < trained else ""
+    return f"{line}training takes {trained:.0f}{limit}"
+
+
+def cost_report(
+    config: Config, images: int, cost: StepCost, world_size: int = 1, loaded: float | None = None
+) -> str:
     """The counted and the measured part of a plan, one line each.
 
     Args:
@@ -380,6 +408,7 @@ def cost_report(config: Config, images: int, cost: StepCost, world_size: int = 1
         images: number of images in the data set
         cost: what was measured
         world_size: processes that share a batch
+        loaded: images per second of one process, from `measure_input`; None: no line about it
     """
     steps = images // config.batch_size * config.epochs
     steps = min(steps, config.max_steps or steps)
@@ -390,11 +419,13 @@ def cost_report(config: Config, images: int, cost: StepCost, world_size: int = 1
         reason = f"{cost.batch} would take too long or too much memory here"
         step += f", extrapolated from {cost.images}, since {reason}"
     on_cpu = not cost.device.startswith("cuda")
+    feed = {"input": _input_line(config, cost, world_size, loaded)} if loaded else {}
     lines = {
         "size": lines["size"],
         "work": f"{flops / 1e9:.4g} billion operations per step and process",
         "sends": lines["sends"],
         "step": f"{step}; without loading",
+        **feed,
         "finish": f"{format_duration(steps * cost.seconds)} for {steps} steps",
         "memory": f"{cost.memory:.0f} MB at the peak{' of the process' * on_cpu}",
     }

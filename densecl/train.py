@@ -137,7 +137,7 @@ def print_measured(config: Config, images: int, world_size: int = 1, first: bool
         first: whether this process prints
     """
     try:
-        from densecl.cost import cost_report, measure_step
+        from densecl.cost import cost_report, measure_input, measure_step
     except Exception as e:  # noqa: BLE001  whatever a broken installation raises
         if first:
             print(f"step    not measured, since torch cannot be imported: {e}")
@@ -147,7 +147,8 @@ def print_measured(config: Config, images: int, world_size: int = 1, first: bool
     with distributed_session():
         measured = measure_step(config)
         if first:
-            print(cost_report(config, images, measured, world_size))
+            loaded = measure_input(config)
+            print(cost_report(config, images, measured, world_size, loaded))
 
 # %% ../nbs/10_train.ipynb #c023
 def main(argv: list[str]) -> None:

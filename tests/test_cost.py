@@ -45,11 +45,12 @@ def test_a_dry_run_counts_and_measures_and_writes_nothing(folder, world_size):
     result = call("--dry-run", world_size=world_size)
     assert result.returncode == 0, result.stderr
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
-    assert set(lines) >= {"size", "work", "sends", "step", "finish", "memory"}
+    assert set(lines) >= {"size", "work", "sends", "step", "input", "finish", "memory"}
     assert len(lines) == len(result.stdout.splitlines()), "each line once, from one process"
     assert f"for {4 // world_size} random images on cpu" in lines["step"]
     assert "for 225 steps" in lines["finish"]  # 12 images // 4, 75 epochs
     assert ("nothing" in lines["sends"]) == (world_size == 1)
+    assert "images per second, at most" in lines["input"] and "training takes" in lines["input"]
     assert sorted(folder.rglob("*")) == before
 
 
