@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -97,3 +98,25 @@ def test_the_trial_run_of_a_table_row_passes_every_stage(tmp_path):
     lines = smoke(tmp_path)
     assert [line.split()[:2] for line in lines] == [["OK", stage] for stage in STAGES]
     assert "resumed at step 10" in (tmp_path / "smoke/resume.log").read_text()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
+def test_a_training_on_the_cpu_keeps_the_memory_that_it_frees():
+    code = """
+import resource, torch
+from densecl.runtime import distributed
+for device in (None, "cpu"):
+    if device:
+        distributed.init_distributed(device)
+    torch.empty(2**22).fill_(0)  # 16 MB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        tensors = [torch.empty(2**22).fill_(0) for _ in range(4)]
+        del tensors
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    faults = [int(line) for line in result.stdout.split()]  # before and after the call
+    assert faults[1] < faults[0] / 2
