@@ -297,7 +297,10 @@ def setup_device(config: Config) -> torch.device:
     Args:
         config: the config of the run; raises `UsageError` for SyncBN without CUDA
     """
-    device = distributed.init_distributed(config.device, config.timeout)
+    slow = {"keypoints", "segment", "linear", "svm"} & set(config.probe.split(","))
+    # the other ranks wait for rank 0's probes
+    timeout = max(config.timeout, 3600) if slow else config.timeout
+    device = distributed.init_distributed(config.device, timeout)
     if config.bn == "sync" and device.type != "cuda":
         raise UsageError("--bn sync: PyTorch's SyncBN needs CUDA; here --bn shuffle or plain")
     if config.threads:
