@@ -10,7 +10,9 @@ __all__ = ['Match', 'COCO', 'IMAGENET', 'DEMO', 'presets', 'BACKBONES', 'STAGE_S
 
 # %% ../nbs/08_config.ipynb #c002
 import math
+import re
 from dataclasses import Field, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,7 +39,11 @@ class Config:
     method: Literal["densecl", "mocov2"] = "densecl"
     """densecl, or mocov2: no dense head and no dense loss"""
     backbone: str = "resnet50"
-    """resnet18, 34, 50, 101; truncated after a stage: resnet18-layer3"""
+    """resnet18, 34, 50, 101; truncated after a stage: resnet18-layer3; a model of timm:
+    timm:convnext_tiny; a function that returns a module: package.module:function"""
+    init: str = ""
+    """weights to start from: a file, a released name, supervised (torchvision's), timm-pretrained;
+    empty: random"""
     epochs: int = 800
     """length of the cosine schedule"""
     max_steps: int = 0
@@ -210,23 +216,29 @@ STAGE_STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
 
 
 def backbone_stride(backbone: str) -> int:
-    """Pixels per cell of the backbone's feature grid; raises `UsageError` for an unknown name.
+    """Pixels per cell of a ResNet's feature grid; 0 for a backbone of another library.
+
+    Raises `UsageError` for an unknown name.
 
     Args:
         backbone: a name such as "resnet50", or "resnet18-layer3": truncated after a stage
     """
+    if re.fullmatch(r"timm:[\w.]+|\w+(\.\w+)*:\w+", backbone):
+        return 0
     base, dash, stage = backbone.partition("-")
     if base in BACKBONES and (stage in STAGE_STRIDES or not dash):
         return STAGE_STRIDES[stage or "layer4"]
     raise UsageError(
         f"--backbone {backbone}: choose from {', '.join(BACKBONES)}, "
-        "or one truncated after a stage (layer1 to layer4), as in resnet18-layer3"
+        "one truncated after a stage (layer1 to layer4), as in resnet18-layer3, timm:NAME, or "
+        "package.module:function"
     )
 
 
 def grid_size(config: Config) -> int:
-    """Side of the backbone's feature grid in cells; every convolution rounds up."""
-    return -(-config.image_size // backbone_stride(config.backbone))
+    """Side of the feature grid in cells, rounded up; 0 if it is known to the backbone only."""
+    stride = backbone_stride(config.backbone)
+    return -(-config.image_size // stride) if stride else 0
 
 # %% ../nbs/08_config.ipynb #c041
 PROBE_NAMES = ("match", "rank", "stereo", "keypoints", "segment", "knn", "linear", "svm")
@@ -341,6 +353,9 @@ def _option(config: Config, name: str) -> str:
 
 def _check_grid(config: Config) -> None:
     pixels, option = backbone_stride(config.backbone), _option(config, "image_size")
+    if not pixels:
+        _check_other_backbone(config)
+        return
     if config.image_size < pixels:
         raise UsageError(
             f"{option}: less than one cell of {config.backbone}, which is {pixels} pixels wide"
@@ -351,6 +366,13 @@ def _check_grid(config: Config) -> None:
             f"needs several; try --image-size {2 * pixels}, a backbone truncated at an earlier "
             "stage, or --method mocov2"
         )
+
+
+def _check_other_backbone(config: Config) -> None:
+    if config.backbone.startswith("timm:") and find_spec("timm") is None:
+        raise UsageError(f"{_option(config, 'backbone')}: timm is not installed; pip install timm")
+    if config.padding != "zeros":
+        raise UsageError(f"{_option(config, 'padding')}: for ResNets only")
 
 # %% ../nbs/08_config.ipynb #c052
 def config_hints(config: Config, preset: Config, images: int) -> list[str]:
@@ -379,6 +401,8 @@ def config_hints(config: Config, preset: Config, images: int) -> list[str]:
 
 def _grid_hints(config: Config) -> list[str]:
     hints, cells, pixels = [], grid_size(config), backbone_stride(config.backbone)
+    if not pixels:
+        return hints
     if config.image_size % pixels:
         hints.append(
             f"--image-size {config.image_size} is no multiple of the {pixels} pixels of a cell, "

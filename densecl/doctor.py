@@ -60,8 +60,9 @@ def reference_losses(config: Config) -> ReferenceLosses:
 
 
 def chance_accuracy(config: Config) -> float:
-    """Matching accuracy of a random match: one cell of the grid's S x S."""
-    return 1 / grid_size(config) ** 2
+    """Matching accuracy of a random match: one cell of the grid's S x S; 0 if S is unknown."""
+    side = grid_size(config)
+    return 1 / side**2 if side else 0.0
 
 # %% ../nbs/11_doctor.ipynb #c011
 # step, global loss, dense loss, both unweighted; in epochs 794 to 800 they are 6.70 and 6.79

@@ -94,7 +94,7 @@ def run_plan(config: Config, images: int, world_size: int = 1) -> str:
         images: number of images in the data set
         world_size: processes that share a batch
     """
-    steps, side = images // config.batch_size, grid_size(config)
+    steps, side = images // config.batch_size, grid_size(config) or "?"
     total = steps * config.epochs
     share, left_over = config.batch_size // world_size, images % config.batch_size
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"

@@ -190,7 +190,9 @@ def read_config(path: Path | str) -> Config | None:
     if not isinstance(saved, dict) or not ours:
         return None
     saved = upgrade_config(saved)
-    return replace(BACKBONE_ONLY, **{k: saved[k] for k in ENCODER_FIELDS if k in saved})
+    config = replace(BACKBONE_ONLY, **{k: saved[k] for k in ENCODER_FIELDS if k in saved})
+    weights.check_backbone_name(config.backbone, path)
+    return config
 
 # %% ../../nbs/evaluate/00_features.ipynb #c028
 def load_network(
@@ -229,7 +231,7 @@ def supervised_like(config: Config) -> Encoder | None:
     Returns:
         an encoder without dense head; None when the weights are not on this machine
     """
-    path = supervised_path(config.backbone)
+    path = supervised_path(config.backbone) if ":" not in config.backbone else None
     if path is None:
         return None
     encoder = untrained_like(replace(BACKBONE_ONLY, backbone=config.backbone))

@@ -34,7 +34,7 @@ from densecl.runtime.io import (
     switch,
 )
 from ..weights import backbone_state_dict, resolve_path
-from ..weights.hub import supervised_path
+from ..weights.initial import find_supervised
 
 # %% ../../nbs/transfer/00_initialization.ipynb #c005
 @dataclass(frozen=True)
@@ -212,16 +212,7 @@ def file_sha256(path: Path | str) -> str:
 # %% ../../nbs/transfer/00_initialization.ipynb #c020
 def _find_weights(name: str, backbone: str) -> Path | str:
     """Path of the file that `name` means; raises `UsageError` when it is not there."""
-    if name != "supervised":
-        return resolve_path(name)
-    path = supervised_path(backbone)
-    if path:
-        return path
-    url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
-    raise UsageError(
-        f"supervised: {Path(url).name} is not in torch.hub's cache; get {url} and put it in "
-        f"{Path(torch.hub.get_dir()) / 'checkpoints'}"
-    )
+    return find_supervised(backbone) if name == "supervised" else resolve_path(name)
 
 # %% ../../nbs/transfer/00_initialization.ipynb #c021
 STAGES = ("layer1", "layer2", "layer3", "layer4")
