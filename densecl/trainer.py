@@ -44,6 +44,7 @@ from .variants import DenseCLVariant
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+from .weights.initial import load_initial_
 
 # %% ../nbs/09_trainer.ipynb #c009
 def build_model(config: Config) -> MoCo:
@@ -57,6 +58,7 @@ def build_model(config: Config) -> MoCo:
         backbone, channels = build_backbone(config.backbone, config.padding)
     except ValueError as e:
         raise UsageError(f"--backbone {config.backbone}: {e}") from None
+    load_initial_(backbone, config.backbone, config.init)
     heads = (config.hidden, config.dim, config.grid or None)
     encoder = Encoder(backbone, channels, *heads, dense=config.method == "densecl")
     options = (config.queue_len, config.momentum, config.temperature)

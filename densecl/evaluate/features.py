@@ -191,7 +191,7 @@ def read_config(path: Path | str) -> Config | None:
         return None
     saved = upgrade_config(saved)
     config = replace(BACKBONE_ONLY, **{k: saved[k] for k in ENCODER_FIELDS if k in saved})
-    weights.check_backbone_name(config.backbone, path)
+    weights.formats.check_backbone_name(config.backbone, path)
     return config
 
 # %% ../../nbs/evaluate/00_features.ipynb #c028

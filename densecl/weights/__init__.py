@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['COUNTER', 'USAGE_HINTS', 'summarize_names', 'find_state_dict', 'expected_shapes', 'check_complete', 'resolve_path',
-           'padding_mode', 'backbone_state_dict', 'load_backbone', 'check_backbone_name', 'run_tensors', 'load_encoder',
-           'load_feature_encoder', 'timm_state_dict', 'extract_backbone']
+           'padding_mode', 'backbone_state_dict', 'load_backbone', 'load_encoder', 'load_feature_encoder',
+           'extract_backbone']
 
 # %% ../../nbs/weights/03_load.ipynb #c011
 def summarize_names(names: Collection[str]) -> str:
@@ -380,20 +380,6 @@ def load_backbone(name_or_path: str | Path, partial: bool = False) -> ResNet:
     return net
 
 # %% ../../nbs/weights/03_load.ipynb #c034
-def check_backbone_name(name: str, path: Path | str) -> None:
-    """Raise `UsageError` if a file names a backbone that would run code of the user.
-
-    Args:
-        name: name of the backbone in the config of a file
-        path: path of the file
-    """
-    if ":" in name and not name.startswith("timm:"):
-        raise UsageError(
-            f"{path}: its backbone {name} is a function, and no code that a file names is run; "
-            "build the encoder in Python and load the tensors encoder_q.* of the file"
-        )
-
-
 def _build_encoder(
     tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], padding: str
 ) -> Encoder:
@@ -412,18 +398,6 @@ def _build_encoder(
     return encoder
 
 # %% ../../nbs/weights/03_load.ipynb #c036
-def run_tensors(content: Any) -> dict[str, torch.Tensor] | None:
-    """The model's tensors in a checkpoint of a run, whatever its backbone; None: another file.
-
-    Args:
-        content: content of the file
-    """
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        return None
-    return model if any(str(key).startswith("encoder_q.backbone.") for key in model) else None
-
-
 def load_encoder(path: Path | str) -> Encoder:
     """Load the query encoder of a run, with its heads, in eval mode on the CPU.
 
@@ -434,14 +408,14 @@ def load_encoder(path: Path | str) -> Encoder:
         UsageError: the file cannot be read or contains no encoder with heads
     """
     content = formats.read_checkpoint(path)
-    model = run_tensors(content) or find_state_dict(content, path)
+    model = formats.run_tensors(content) or find_state_dict(content, path)
     tensors = {}
     for key, value in model.items():
         if key.startswith("encoder_q."):
             key = state_dict_keys.from_official_key(key)
             tensors[key.removeprefix("encoder_q.")] = value
     config = content.get("config") if isinstance(content.get("config"), dict) else {}
-    check_backbone_name(str(config.get("backbone")), path)
+    formats.check_backbone_name(str(config.get("backbone")), path)
     try:
         encoder = _build_encoder(tensors, config, padding_mode(content))
     except Exception as e:
@@ -468,7 +442,7 @@ def load_feature_encoder(name_or_path: str | Path) -> Encoder:
 
     path = resolve_path(name_or_path)
     content = formats.read_checkpoint(path)
-    if run_tensors(content):
+    if formats.run_tensors(content):
         return load_encoder(path)
     tensors = find_state_dict(content, path)
     if state_dict_keys.checkpoint_kind(tensors) in state_dict_keys.CHECKPOINT_KINDS[:2]:
@@ -505,40 +479,6 @@ def _usage_hint(name: str, out: Path | str, export_format: str) -> str:
     depth = base.removeprefix("resnet")
     return USAGE_HINTS[export_format].format(base=base, depth=depth, out=str(out))
 
-# %% ../../nbs/weights/03_load.ipynb #c042
-def _check_output(out: Path | str, name_or_path: str | Path) -> None:
-    """Raise `UsageError` if `out` cannot be written or is the file to read."""
-    if not Path(out).absolute().parent.is_dir():
-        raise UsageError(f"{out}: its folder is not there")
-    if Path(out).is_dir():
-        raise UsageError(f"{out}: a folder; give the name of a file")
-    both_exist = os.path.exists(out) and os.path.exists(name_or_path)
-    if both_exist and os.path.samefile(name_or_path, out):
-        raise UsageError(f"{out}: would overwrite what is read")
-
-# %% ../../nbs/weights/03_load.ipynb #c042b
-def timm_state_dict(
-    name_or_path: str | Path, key_encoder: bool = False
-) -> tuple[dict[str, torch.Tensor], str] | None:
-    """The tensors of a run's timm backbone under timm's names, and its name, as in "timm:NAME".
-
-    None if the file contains anything else.
-
-    Args:
-        name_or_path: path of a file, or name of a released checkpoint
-        key_encoder: the key encoder's backbone instead of the query encoder's
-    """
-    if str(name_or_path) in released:
-        return None
-    content = formats.read_checkpoint(resolve_path(name_or_path))
-    config = content.get("config") if isinstance(content, dict) else None
-    name = str(config.get("backbone")) if isinstance(config, dict) else ""
-    if not name.startswith("timm:"):
-        return None
-    prefix = f"encoder_{'k' if key_encoder else 'q'}.backbone.net."
-    tensors = content.get("model", {})
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, name
-
 # %% ../../nbs/weights/03_load.ipynb #c043
 def extract_backbone(
     name_or_path: str | Path,
@@ -574,8 +514,9 @@ def extract_backbone(
         ['wrote backbone.pkl: resnet50, 318 tensors, for detectron2', 'MODEL.WEIGHTS ...']
     """
     export_format = formats.resolve_format(out, export_format)
-    _check_output(out, name_or_path)
-    found = timm_state_dict(name_or_path, key_encoder) if prefix is None else None
+    formats.check_output(out, name_or_path)
+    content = formats.read_checkpoint(resolve_path(name_or_path))
+    found = formats.timm_tensors(content, key_encoder)
     if found and export_format not in ("timm", "safetensors"):
         raise UsageError(f"--format {export_format}: a model of timm needs timm or safetensors")
     state_dict, name = found or backbone_state_dict(name_or_path, prefix, key_encoder)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ALLOWED_GLOBALS', 'LEGACY_TORCH_MAGIC', 'SIGNATURES', 'OTHER_SUFFIXES', 'OLD_PICKLE', 'READERS', 'EXPORT_FORMATS',
            'DEFAULT_FORMATS', 'encode_latin1', 'ArrayUnpickler', 'detect_container', 'read_torch', 'read_pickle',
-           'read_npz', 'read_safetensors', 'read_checkpoint', 'resolve_format', 'dump_pickle', 'write_state_dict']
+           'read_npz', 'read_safetensors', 'read_checkpoint', 'resolve_format', 'dump_pickle', 'write_state_dict',
+           'check_output', 'run_tensors', 'timm_tensors', 'check_backbone_name']
 
 # %% ../../nbs/weights/01_formats.ipynb #c007
 # (module, name) of what a pickle of numpy arrays needs; numpy 2 renamed core to _core
@@ -350,3 +351,63 @@ def write_state_dict(
         content = tensors
     with atomic_write(out) as file:
         file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+
+
+def check_output(out: Path | str, name_or_path: str | Path) -> None:
+    """Raise `UsageError` if `out` cannot be written or is the file to read.
+
+    Args:
+        out: the file to write
+        name_or_path: the file to read
+    """
+    if not Path(out).absolute().parent.is_dir():
+        raise UsageError(f"{out}: its folder is not there")
+    if Path(out).is_dir():
+        raise UsageError(f"{out}: a folder; give the name of a file")
+    both_exist = os.path.exists(out) and os.path.exists(name_or_path)
+    if both_exist and os.path.samefile(name_or_path, out):
+        raise UsageError(f"{out}: would overwrite what is read")
+
+# %% ../../nbs/weights/01_formats.ipynb #c061
+def run_tensors(content: Any) -> dict[str, torch.Tensor] | None:
+    """The model's tensors in a checkpoint of a run, whatever its backbone; None: another file.
+
+    Args:
+        content: content of the file
+    """
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        return None
+    return model if any(str(key).startswith("encoder_q.backbone.") for key in model) else None
+
+
+def timm_tensors(
+    content: Any, key_encoder: bool = False
+) -> tuple[dict[str, torch.Tensor], str] | None:
+    """A run's timm backbone under timm's names, and its name, as in "timm:NAME"; else None.
+
+    Args:
+        content: content of the file
+        key_encoder: the key encoder's backbone instead of the query encoder's
+    """
+    tensors = run_tensors(content)
+    config = content.get("config") if tensors else None
+    name = str(config.get("backbone")) if isinstance(config, dict) else ""
+    if not name.startswith("timm:"):
+        return None
+    prefix = f"encoder_{'k' if key_encoder else 'q'}.backbone.net."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, name
+
+
+def check_backbone_name(name: str, path: Path | str) -> None:
+    """Raise `UsageError` if a file names a backbone that would run code of the user.
+
+    Args:
+        name: name of the backbone in the config of a file
+        path: path of the file
+    """
+    if ":" in name and not name.startswith("timm:"):
+        raise UsageError(
+            f"{path}: its backbone {name} is a function, and no code that a file names is run; "
+            "build the encoder in Python and load the tensors encoder_q.* of the file"
+        )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..encoder import TimmBackbone
 from ..runtime.io import UsageError
-from . import backbone_state_dict, find_state_dict, formats, resolve_path, run_tensors
+from . import backbone_state_dict, find_state_dict, formats, resolve_path
 from .hub import supervised_path
 
 # %% ../../nbs/weights/03b_initial.ipynb #c005
@@ -109,7 +109,7 @@ def find_other(backbone: nn.Module, name: str, init: str) -> dict[str, Tensor]:
     else:
         path = resolve_path(init)
         content = formats.read_checkpoint(path)
-        tensors = run_tensors(content) or find_state_dict(content, path)
+        tensors = formats.run_tensors(content) or find_state_dict(content, path)
     found = match_tensors(tensors, wanted)
     missing = [key for key in wanted if key not in found]
     if missing:
