@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import re
 import zipfile
