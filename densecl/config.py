@@ -153,7 +153,7 @@ def learning_rate(config: Config, epoch: int) -> float:
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware (elsewhere it is slow)."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags

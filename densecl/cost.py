@@ -210,7 +210,7 @@ def _shuffled_bytes(config: Config, model: MoCo, images: Tensor, key: Any) -> in
 def free_memory() -> float:
     """Bytes of CPU memory that a process may still allocate; infinite where it is not known."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return float("inf")
     available = [line for line in lines if line.startswith("MemAvailable")]

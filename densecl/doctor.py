@@ -502,7 +502,7 @@ def read_run_config(path: Path) -> Config:
         path: the file
     """
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         text = f"{path}: cannot be read ({type(e).__name__}); it must be beside metrics.jsonl"
         raise UsageError(text) from None

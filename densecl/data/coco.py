@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import numpy as np
 
 from .decode import CorruptImageError, one_line, read_image_size
 from .sources import ImageSource, progress_bar
-from ..runtime.io import UsageError
+from ..runtime.io import UsageError, launch
 
 # %% auto #0
 __all__ = ['VOID', 'UnusableAnnotation', 'SkippedAnnotations', 'finite_numbers', 'check_box', 'parse_box', 'decode_counts',
@@ -59,7 +58,7 @@ class SkippedAnnotations:
         Args:
             total: number of all annotations
         """
-        if not self.names or os.environ.get("RANK", "0") != "0":
+        if not self.names or launch().rank != 0:
             return
         parts = []
         for reason, names in self.names.items():

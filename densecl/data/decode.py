@@ -11,7 +11,6 @@ __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'FORMATS', 'ORIENTATION', 'tonal_range', '
 import io
 import math
 import mmap
-import os
 import sys
 import warnings
 from contextlib import suppress
@@ -19,7 +18,7 @@ from contextlib import suppress
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..runtime.io import RunError
+from ..runtime.io import RunError, launch
 
 # %% ../../nbs/data/00_decode.ipynb #c008
 def tonal_range(low: float, high: float, is_integer: bool) -> tuple[float, float]:
@@ -175,7 +174,7 @@ _warned = mmap.mmap(-1, 1)  # whether the warning was printed; forked workers sh
 
 def _warn_of_orientation(name: str) -> None:
     """Print one line for the first labeled image with an orientation."""
-    if _warned[0] or os.environ.get("RANK", "0") != "0":
+    if _warned[0] or launch().rank != 0:
         return
     _warned[0] = 1
     text = "has an EXIF orientation; labels refer to the pixels as stored, so labeled images are"

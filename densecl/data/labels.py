@@ -255,7 +255,7 @@ def read_voc_list(base: Path, split: str, folder: str = "Segmentation") -> list[
     parts = voc_split_lists(base, split, folder)
     names = []
     for part in parts:
-        lines = (base / f"ImageSets/{folder}/{part}.txt").read_text().splitlines()
+        lines = (base / f"ImageSets/{folder}/{part}.txt").read_text(encoding="utf-8").splitlines()
         names += [Path(line.split()[0]).stem for line in lines if line.strip()]
     if not names:
         path = f"ImageSets/{folder}/{parts[0]}.txt"
@@ -278,7 +278,7 @@ def voc_segmentation(base: Path, split: str) -> SegmentationDataset:
         folder = own if f"{name}.png" in existing or not augmented.is_dir() else augmented
         masks.append(f"{folder.name}/{name}.png")
     if (base / "classes.txt").is_file():
-        lines = (base / "classes.txt").read_text().splitlines()
+        lines = (base / "classes.txt").read_text(encoding="utf-8").splitlines()
         classes = [line.strip() for line in lines if line.strip()]
     return SegmentationDataset(
         require_files(base, [f"JPEGImages/{name}.jpg" for name in names], "image"),

@@ -33,7 +33,7 @@ from densecl.data.decode import (
     decode_labeled_image,
     one_line,
 )
-from ..runtime.io import UsageError, atomic_write
+from ..runtime.io import UsageError, atomic_write, launch
 
 # %% ../../nbs/data/01_sources.ipynb #c008
 class ImageSource:
@@ -292,7 +292,7 @@ class DelayedBar(tqdm):
     """
 
     def __init__(self, *args, **options) -> None:
-        if os.environ.get("RANK", "0") != "0":
+        if launch().rank != 0:
             options["disable"] = True
         interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log has a line per update
         super().__init__(*args, unit="", delay=1, mininterval=interval, **options)
@@ -333,7 +333,7 @@ def warn_once(text: str) -> None:
     Args:
         text: the line
     """
-    if text not in WARNINGS and os.environ.get("RANK", "0") == "0":
+    if text not in WARNINGS and launch().rank == 0:
         tqdm.write(text, file=sys.stderr)
     WARNINGS.add(text)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'MINIMUM', 'TASK', 'DetectConfig', 'validate_detect', 'open_splits', 'choose_detector', 'build_detector',
-           'train_and_score', 'plot_detections', 'draw_labeled_boxes', 'table_columns', 'hints', 'main']
+           'train_and_score', 'plot_detections', 'draw_labeled_boxes', 'table_columns', 'hints', 'batch_bytes', 'main']
 
 # %% ../../nbs/detect/04_main.ipynb #c004
 from collections.abc import Iterable, Mapping, Sequence
@@ -314,6 +314,11 @@ def hints(config: DetectConfig, train: DetectionDataset) -> list[str]:
     return lines
 
 # %% ../../nbs/detect/04_main.ipynb #c028
+def batch_bytes(config: DetectConfig) -> float:
+    """Bytes of a batch of float32 images of 4:3, resized to the largest short side."""
+    return config.batch_size * config.short_side**2 * 4 / 3 * 3 * 4
+
+
 TASK = TransferTask(
     prog="densecl detect",
     description="Train a detector from pre-trained weights and report average precision over "
@@ -329,6 +334,7 @@ TASK = TransferTask(
     columns=table_columns,
     train_and_score=train_and_score,
     complete_config=choose_detector,
+    batch_bytes=batch_bytes,
 )
 
 

@@ -273,7 +273,7 @@ def _voc_classes(folders: Iterable[Path]) -> list[str]:
     for folder in folders:
         path = folder / "classes.txt"
         if path.is_file():
-            names = [line.strip() for line in path.read_text().splitlines()]
+            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
             return [name for name in names if name not in ("", "background")]
     return list(VOC_CLASSES[1:])
 

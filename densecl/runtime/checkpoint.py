@@ -32,6 +32,7 @@ from densecl.runtime.io import (
     lock_folder,
     parse_row,
     strict_json,
+    sync_to_disk,
 )
 
 if TYPE_CHECKING:
@@ -221,7 +222,9 @@ class MetricsLog:
 
         self.path = Path(folder) / "metrics.jsonl"
         if self.path.exists():
-            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(
+                keepends=True
+            )
             rows = [(line, parse_row(line)) for line in lines]
             with atomic_write(self.path, "w") as f:
                 f.writelines(line for line, row in rows if step and row and row["step"] <= step)
@@ -236,7 +239,7 @@ class MetricsLog:
         Args:
             **fields: `step`, and what was measured
         """
-        with open(self.path, "a") as f:
+        with open(self.path, "a", encoding="utf-8") as f:
             f.write(strict_json(fields) + "\n")
         for name, value in fields.items():
             if name != "step" and isinstance(value, (int, float)):
@@ -247,7 +250,7 @@ class MetricsLog:
         self.events.flush()
         if self.path.exists():
             with open(self.path, "rb") as f:
-                os.fsync(f.fileno())
+                sync_to_disk(f.fileno(), self.path)
 
     def close(self) -> None:
         """Write TensorBoard's remaining events."""

@@ -130,7 +130,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         path: metrics.jsonl of a run
     """
     try:
-        lines = path.read_text(errors="replace").splitlines(True)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True)
     except OSError as e:
         text = f"{path}: {e.strerror}; give the folder of a run, such as runs/demo"
         raise UsageError(text) from None
@@ -257,7 +257,8 @@ def _first_to_print(text: str) -> bool:
 def _print_error(error: UsageError) -> None:
     if str(error) and _first_to_print(str(error)):
         # rank 0 may be in the middle of a progress bar
-        start = "" if os.environ.get("LOCAL_RANK", "0") in ("", "0") else "\n"
+        several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+        start = "\n" if several and os.environ.get("LOCAL_RANK", "0") not in ("", "0") else ""
         print(f"{start}densecl: {error}", file=sys.stderr)
 
 
@@ -292,7 +293,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
         _print_error(error)
         sys.exit(error.status)
 
-# %% ../../nbs/runtime/00_io.ipynb #c025b
+# %% ../../nbs/runtime/00_io.ipynb #c025bx
 _noted: set[str] = set()  # lines that were printed
 
 
@@ -302,7 +303,7 @@ def note_once(text: str) -> None:
     Args:
         text: the line
     """
-    first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    first = launch().local_rank == 0
     if first and text not in _noted:
         print(f"densecl: {text}", file=sys.stderr)
     _noted.add(text)

@@ -8,7 +8,6 @@ __all__ = ['MAX_PENDING', 'Meter', 'peak_memory', 'cores_per_process', 'gradient
 # %% ../../nbs/runtime/04_metrics.ipynb #c002
 import math
 import os
-import resource
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,11 @@ from torch import Tensor
 
 from . import distributed
 from .io import RunError, launch
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
 
 # %% ../../nbs/runtime/04_metrics.ipynb #c007
 MAX_PENDING = 500  # steps whose matches are kept
@@ -152,9 +156,11 @@ class Meter:
 
 # %% ../../nbs/runtime/04_metrics.ipynb #c009
 def peak_memory() -> float:
-    """Peak memory in MB: that of the device with CUDA, else that of this process."""
+    """Peak memory in MB: that of the device with CUDA, else that of this process (0 on Windows)."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
+    if resource is None:
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 

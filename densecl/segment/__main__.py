@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TASK', 'SegmentConfig', 'poly_lr', 'standard_short_side', 'predict_mask', 'TestDataset',
            'evaluated_indices', 'evaluate_model', 'plot_predictions', 'train_and_score', 'validate_segment',
-           'open_splits', 'hints', 'table_columns', 'main']
+           'open_splits', 'hints', 'table_columns', 'batch_bytes', 'main']
 
 # %% ../../nbs/segment/02_main.ipynb #c003
 from collections.abc import Iterator
@@ -300,6 +300,11 @@ def table_columns(
     return {"mIoU": ("miou" if is_voc else None, "miou")}
 
 # %% ../../nbs/segment/02_main.ipynb #c032
+def batch_bytes(config: SegmentConfig) -> float:
+    """Bytes of a batch: crops as float32, masks as int64."""
+    return config.batch_size * config.crop_size**2 * (3 * 4 + 8)
+
+
 TASK = TransferTask(
     prog="densecl segment",
     description="Train an FCN from pre-trained weights and report mean IoU over several trials, "
@@ -314,6 +319,7 @@ TASK = TransferTask(
     hints=hints,
     columns=table_columns,
     train_and_score=train_and_score,
+    batch_bytes=batch_bytes,
 )
 
 

@@ -68,7 +68,7 @@ class Trial:
     def load_result(self) -> dict[str, Any] | None:
         """The scores of a finished trial; None when it is not finished."""
         try:
-            return json.loads((self.folder / "result.json").read_text())
+            return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
 
@@ -340,22 +340,26 @@ def open_run_folder(config: TransferConfig, weights: InitialWeights) -> Iterator
     """
     folder = Path(config.out)
     content = asdict(config) | {"sha256": weights.sha256, "start": weights.backbone}
-    if (folder / "config.json").exists():
-        saved = json.loads((folder / "config.json").read_text())
-        saved = {RENAMED_FIELDS.get(name, name): value for name, value in saved.items()}
-        check_same_run(saved, content, CHANGEABLE_FIELDS, f"--out {folder}")
     with ExitStack() as stack:
-        if distributed.rank() == 0:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise UsageError(
-                    f"--out {folder}: {e.strerror}; give a folder that can be written"
-                ) from None
-            stack.enter_context(lock_folder(folder))
-            with atomic_write(folder / "config.json", "w") as f:
-                f.write(strict_json(content, indent=1))
+        with distributed.raise_on_all_ranks():
+            if (folder / "config.json").exists():
+                saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                saved = {RENAMED_FIELDS.get(name, name): value for name, value in saved.items()}
+                check_same_run(saved, content, CHANGEABLE_FIELDS, f"--out {folder}")
+            if distributed.rank() == 0:
+                _make_folder(folder)
+                stack.enter_context(lock_folder(folder))
+                with atomic_write(folder / "config.json", "w") as f:
+                    f.write(strict_json(content, indent=1))
         yield folder
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        text = f"--out {folder}: {e.strerror}; give a folder that can be written"
+        raise UsageError(text) from None
 
 # %% ../../nbs/transfer/01_trials.ipynb #c031
 def run_trials(
