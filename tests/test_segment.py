@@ -142,7 +142,7 @@ def save_mask(base, name, mask):
 
 
 def unknown_class(base):
-    save_mask(base, "00", np.full((48, 64), 7))
+    save_mask(base, "09", np.full((48, 64), 7))
 
 
 def colored_mask(base):
@@ -194,14 +194,15 @@ def test_a_wrong_dataset_is_refused_in_one_line_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wrong_class_number_that_is_found_late_ends_the_run_in_one_line(changed_tree, tmp_path):
+def test_a_corrupt_image_that_is_found_late_ends_the_run_in_one_line(changed_tree, tmp_path):
     def change(base):
-        save_mask(base, "09", np.full((48, 64), 77))
+        path = base / "JPEGImages/09.jpg"
+        path.write_bytes(path.read_bytes()[:700])  # the header is intact
 
     # 24 images, 6 steps of 4: all are read
     got = call(changed_tree("changed", change), tmp_path / "out", "--workers", 1)
     assert got.returncode == 1 and "Traceback" not in got.stderr
-    assert "densecl: SegmentationClass/09.png: class numbers 77 are out of range" in got.stderr
+    assert "densecl: JPEGImages/09.jpg: OSError: image file is truncated" in got.stderr
 
 
 def test_weights_that_do_not_fit_are_refused(tree, tmp_path):

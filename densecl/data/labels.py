@@ -12,12 +12,14 @@ import math
 import os
 import shlex
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from . import lists
 from densecl.data.coco import (
     VOID,
     RasterizedMasks,
@@ -28,26 +30,25 @@ from densecl.data.coco import (
     parse_id,
     read_coco,
 )
-from .decode import one_line
-from .sources import FileSource, ImageSource
-from ..runtime.io import UsageError, did_you_mean
+from .decode import one_line, read_image_size
+from .lists import VOC_CLASSES
+from .sources import FileSource, ImageSource, progress_bar, require_files
+from ..runtime.io import UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['VOC_CLASSES', 'CITYSCAPES_CLASSES', 'class_lookup_table', 'read_mask_values', 'values_to_classes',
-           'SegmentationDataset', 'require_files', 'find_voc_root', 'voc_split_lists', 'read_voc_list',
-           'voc_segmentation', 'cityscapes_segmentation', 'require_package', 'coco_semantic', 'coco_instances',
-           'coco_segmentation', 'open_segmentation', 'voc_colormap', 'overlay_mask', 'iou_from_confusion',
+__all__ = ['MAX_CLASSES', 'MASK_SUFFIXES', 'CITYSCAPES_CLASSES', 'MAX_CHECKED', 'MAX_DRAWN', 'class_lookup_table',
+           'read_mask_values', 'values_to_classes', 'SegmentationDataset', 'voc_segmentation',
+           'cityscapes_segmentation', 'require_package', 'coco_semantic', 'coco_instances', 'coco_segmentation',
+           'leave_out_class', 'open_segmentation', 'check_masks', 'voc_colormap', 'overlay_mask', 'iou_from_confusion',
            'mean_iou_from_confusion', 'mean_iou']
 
 # %% ../../nbs/data/06_labels.ipynb #c007
-VOC_CLASSES = shlex.split(
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-    "motorbike person pottedplant sheep sofa train tvmonitor"
-)
+MAX_CLASSES = 255  # numbered 0 to 254
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 # the 19 classes of Cityscapes that are evaluated, and their numbers in labelIds files
 CITYSCAPES_CLASSES = dict(
     zip(
@@ -64,11 +65,24 @@ def class_lookup_table(values: Sequence[int], void: Iterable[int] = ()) -> np.nd
     """The class of each of the 256 values of a mask, `VOID`, or -1 for invalid values: 256 int16.
 
     Args:
-        values: value in the file of each class, in the order of the classes
+        values: value in the file of each class, in the order of the classes; raises `UsageError` if
+            a class has no value below 255 of its own
         void: values without a class, besides 255
     """
+    void = {VOID, *void}
+    if len(values) > MAX_CLASSES:
+        raise UsageError(
+            f"{len(values)} classes, with the background, are more than the {MAX_CLASSES} that a "
+            "mask can hold: its values are 0 to 254, and 255 is void"
+        )
+    wrong = [v for v in values if not 0 <= v < VOID or v in void or values.count(v) > 1]
+    if wrong:
+        raise UsageError(
+            f"class number {wrong[0]}: each class needs a value of its own from 0 to 254; "
+            "255 is void"
+        )
     table = np.full(256, -1, np.int16)
-    table[[VOID, *void]] = VOID
+    table[list(void)] = VOID
     table[list(values)] = np.arange(len(values))
     return table
 
@@ -130,6 +144,7 @@ class SegmentationDataset:
         masks: source of the masks, of the same length
         classes: names of the classes, in order
         lookup_table: from `class_lookup_table`, the classes of the values in the masks
+        hints: what a user should know about the labels, in lines of text
     """
 
     def __init__(
@@ -138,9 +153,11 @@ class SegmentationDataset:
         masks: ImageSource,
         classes: Iterable[str],
         lookup_table: np.ndarray,
+        hints: Iterable[str] = (),
     ) -> None:
         self.images, self.masks = images, masks
         self.classes, self.lookup_table = list(classes), lookup_table
+        self.hints = list(hints)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -156,7 +173,7 @@ class SegmentationDataset:
         Args:
             index: 0 .. len - 1
         """
-        return Path(self.images.name(index)).stem
+        return lists.strip_image_suffix(os.path.basename(self.images.name(index)))
 
     def mask(self, index: int) -> np.ndarray:
         """The classes of a mask, H x W uint8, 255 void; raises `UsageError` with its name.
@@ -186,106 +203,43 @@ class SegmentationDataset:
             )
         return image, mask
 
-# %% ../../nbs/data/06_labels.ipynb #c021
-def require_files(root: Path | str, names: list[str], kind: str) -> FileSource:
-    """The source of some files; raises `UsageError` with the number and names of missing ones.
+    def check(self, index: int) -> np.ndarray:
+        """Whether each class occurs in a mask, 256 bool, 255 void; raises `UsageError` as `load`.
 
-    Args:
-        root: the folder that the names are relative to
-        names: names of the files below `root`
-        kind: of the files, for the error message: "mask" or "image"
-    """
-    existing = {}
-    for folder in {os.path.dirname(name) for name in names}:
-        try:
-            existing[folder] = set(os.listdir(Path(root) / folder))
-        except OSError:
-            existing[folder] = set()
-    missing = [n for n in names if os.path.basename(n) not in existing[os.path.dirname(n)]]
-    if missing:
-        shown = ", ".join(map(one_line, missing[:3])) + " ..." * (len(missing) > 3)
-        raise UsageError(
-            f"--data-root {one_line(root)}: {len(missing)} of {len(names)} {kind}s are missing: "
-            f"{shown}"
-        )
-    return FileSource(root, names)
+        Of the image only the header is read, if it has the mask's size.
 
-# %% ../../nbs/data/06_labels.ipynb #c023
-def find_voc_root(root: Path | str) -> Path | None:
-    """The folder that contains JPEGImages and ImageSets/Segmentation, or None.
-
-    Args:
-        root: VOCdevkit, the folder that contains it, or one of its years
-    """
-    root = Path(root)
-    for path in (root / "VOC2012", root, root / "VOCdevkit/VOC2012", root / "VOC2007"):
-        if (path / "JPEGImages").is_dir() and (path / "ImageSets/Segmentation").is_dir():
-            return path
-    return None
-
-# %% ../../nbs/data/06_labels.ipynb #c025
-def voc_split_lists(base: Path, split: str, folder: str = "Segmentation") -> list[str]:
-    """Names of the list files that make up a split; raises `UsageError` for an unknown split.
-
-    Args:
-        base: from `find_voc_root`
-        split: train, val, trainval, train_aug, or the name of any other list
-        folder: of the lists below ImageSets: Segmentation, or Main, which covers all images
-    """
-    known = sorted(path.stem for path in (base / "ImageSets" / folder).glob("*.txt"))
-    parts = [split]
-    if split == "train_aug" and split not in known:
-        parts = ["trainaug"] if "trainaug" in known else ["train", "aug"]
-    if not set(parts) <= set(known):
-        raise UsageError(
-            f"--data-root {one_line(base)}: no list {split}.txt in ImageSets/{folder}; "
-            f"there are {', '.join(known) or 'none'}{did_you_mean(split, known)}"
-        )
-    return parts
-
-
-def read_voc_list(base: Path, split: str, folder: str = "Segmentation") -> list[str]:
-    """Names of the images of a split, without folder and suffix; raises `UsageError`.
-
-    Args:
-        base: from `find_voc_root`
-        split: train, val, trainval, train_aug, or the name of any other list
-        folder: of the lists below ImageSets: Segmentation, or Main, which covers all images
-    """
-    parts = voc_split_lists(base, split, folder)
-    names = []
-    for part in parts:
-        lines = (base / f"ImageSets/{folder}/{part}.txt").read_text(encoding="utf-8").splitlines()
-        names += [Path(line.split()[0]).stem for line in lines if line.strip()]
-    if not names:
-        path = f"ImageSets/{folder}/{parts[0]}.txt"
-        raise UsageError(f"--data-root {one_line(base)}: the list {path} is empty")
-    return names
+        Args:
+            index: 0 .. len - 1
+        """
+        mask, raw = self.mask(index), self.images.fetch(index)
+        if (
+            read_image_size(raw, self.images.name(index)) != mask.shape[::-1]
+        ):  # raises an error, or the upright image fits
+            self.load(index)
+        return np.bincount(mask.ravel(), minlength=256) > 0
 
 # %% ../../nbs/data/06_labels.ipynb #c026
 def voc_segmentation(base: Path, split: str) -> SegmentationDataset:
     """A split of a VOC folder, with VOC's masks where they exist, else SegmentationClassAug's.
 
     Args:
-        base: from `find_voc_root`
-        split: see `read_voc_list`
+        base: from `lists.find_voc_root`
+        split: see `lists.voc_split_lists`
     """
-    names, classes = read_voc_list(base, split), VOC_CLASSES
-    own, augmented = base / "SegmentationClass", base / "SegmentationClassAug"
-    existing = set(os.listdir(own)) if own.is_dir() else set()
-    masks = []
+    names, images = lists.voc_images(base, split)
+    classes, hints = lists.voc_class_names(base, names)
+    folders = ("SegmentationClass", "SegmentationClassAug")
+    indices = {folder: lists.FileIndex(base / folder, MASK_SUFFIXES) for folder in folders}
+    masks, missing = [], []
     for name in names:
-        folder = own if f"{name}.png" in existing or not augmented.is_dir() else augmented
-        masks.append(f"{folder.name}/{name}.png")
-    if (base / "classes.txt").is_file():
-        lines = (base / "classes.txt").read_text(encoding="utf-8").splitlines()
-        classes = [line.strip() for line in lines if line.strip()]
-    return SegmentationDataset(
-        require_files(base, [f"JPEGImages/{name}.jpg" for name in names], "image"),
-        require_files(base, masks, "mask"),
-        classes,
-        class_lookup_table(range(len(classes))),
-    )
+        found = [f"{folder}/{file}" for folder in folders if (file := indices[folder].find(name))]
+        if not found:
+            missing.append(f"{folders[(base / folders[1]).is_dir()]}/{name}.png")
+        masks += found[:1]
+    lists.report_missing(base, missing, len(names), "mask")
+    table = class_lookup_table(range(len(classes)))
+    images, masks = FileSource(base, images), FileSource(base, masks)
+    return SegmentationDataset(images, masks, classes, table, hints)
 
 # %% ../../nbs/data/06_labels.ipynb #c028
 def cityscapes_segmentation(root: Path | str, split: str) -> SegmentationDataset:
@@ -408,33 +362,97 @@ def coco_segmentation(root: Path | str, split: str, labels: str = "auto") -> Seg
         return coco_semantic(root, split, existing[0])
     return coco_instances(root, split)
 
-# %% ../../nbs/data/06_labels.ipynb #c037
-def open_segmentation(root: Path | str, split: str, labels: str = "auto") -> SegmentationDataset:
-    """A split of a VOC, Cityscapes or COCO folder; raises `UsageError` if anything is missing.
+# %% ../../nbs/data/06_labels.ipynb #c036b
+def leave_out_class(dataset: SegmentationDataset, value: int) -> None:
+    """Make a value of the masks void; the class that has it, if any, is left out.
 
     Args:
-        root: of a folder in the layout of one of the three
-        split: train, val, train_aug (VOC)
-        labels: COCO only, see `coco_segmentation`
+        dataset: changed in place
+        value: 0 .. 255
     """
-    root = Path(root)
+    table = dataset.lookup_table
+    left_out = table[value]
+    table[value] = VOID
+    if 0 <= left_out < len(dataset.classes):
+        del dataset.classes[left_out]
+        table[(table > left_out) & (table != VOID)] -= 1
+
+# %% ../../nbs/data/06_labels.ipynb #c037
+def _open_layout(root: Path, split: str, labels: str) -> SegmentationDataset:
+    """A split of a folder in the layout that it has; raises `UsageError`."""
     if not root.is_dir():
         raise UsageError(
             f"--data-root {one_line(root)}: no such folder; "
             "give a VOCdevkit, a COCO or a Cityscapes folder"
         )
-    base = find_voc_root(root)
+    base = lists.find_voc_root(root)
     if base:
         return voc_segmentation(base, split)
     if (root / "leftImg8bit").is_dir():
         return cityscapes_segmentation(root, split)
     if (root / "annotations").is_dir():
         return coco_segmentation(root, split, labels)
+    has_images = (root / "JPEGImages").is_dir()
+    found = "with JPEGImages, but without ImageSets/Segmentation, " if has_images else ""
     raise UsageError(
-        f"--data-root {one_line(root)}: no tree with masks; it needs VOC's JPEGImages, "
+        f"--data-root {one_line(root)}: {found}no tree with masks; it needs VOC's JPEGImages, "
         "SegmentationClass and ImageSets/Segmentation, Cityscapes' leftImg8bit and gtFine, "
         "or COCO's annotations"
     )
+
+
+def open_segmentation(
+    root: Path | str, split: str, labels: str = "auto", void: int = VOID
+) -> SegmentationDataset:
+    """A split of a VOC, Cityscapes or COCO folder; raises `UsageError` if anything is missing.
+
+    Args:
+        root: of a folder in the layout of one of the three
+        split: train, val, train_aug (VOC)
+        labels: COCO only, see `coco_segmentation`
+        void: value in the masks of pixels without a class, besides 255; if it has a name in the
+            list of classes, this class is left out
+    """
+    dataset = _open_layout(Path(root), split, labels)
+    if not len(dataset):
+        raise UsageError(f"--data-root {one_line(root)}: there are no images in the split {split}")
+    leave_out_class(dataset, void)
+    if dataset.num_classes < 2:
+        raise UsageError(
+            f"--data-root {one_line(root)}: one class, {', '.join(dataset.classes) or 'void'}; "
+            "it needs two or more, one of which may be the background"
+        )
+    return dataset
+
+# %% ../../nbs/data/06_labels.ipynb #c037b
+MAX_CHECKED = 12_000  # masks that are read before a run; VOC and Cityscapes have fewer
+MAX_DRAWN = 500  # the same for masks that have to be drawn
+
+
+def check_masks(
+    dataset: SegmentationDataset, split: str, indices: Sequence[int] | None = None
+) -> None:
+    """Read masks before a run and add a hint about classes without a pixel to the dataset's hints.
+
+    Raises `UsageError` for a mask with invalid values or of another size than its image, and if
+    all pixels are void.
+
+    Args:
+        dataset: its `hints` are extended
+        split: its name, for messages
+        indices: of the images that will be used; None: all
+    """
+    indices = range(len(dataset)) if indices is None else indices
+    limit = MAX_DRAWN if isinstance(dataset.masks, RasterizedMasks) else MAX_CHECKED
+    chosen = indices[:: -(-len(indices) // limit)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        checked = pool.map(dataset.check, chosen)
+        bar = progress_bar(checked, f"checking the masks of {split}", len(chosen))
+        present = np.any(list(bar), axis=0)
+    masks = f"the {len(chosen)} masks of {split}"
+    if not present[: dataset.num_classes].any():
+        raise UsageError(f"all pixels of {masks} are void; their values must be those of classes")
+    dataset.hints += lists.absent_classes_hint(dataset.classes, present, masks)
 
 # %% ../../nbs/data/06_labels.ipynb #c041
 def voc_colormap(n: int = 256) -> np.ndarray:

@@ -9,7 +9,7 @@ __all__ = ['VOC_0712_SPLITS', 'ImageBoxes', 'make_image_boxes', 'DetectionDatase
 # %% ../../nbs/detect/00_boxes.ipynb #c002
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -29,7 +29,8 @@ from densecl.data.coco import (
     read_coco,
 )
 from ..data.decode import one_line
-from ..data.labels import VOC_CLASSES, read_voc_list, require_files
+from ..data.labels import require_files
+from ..data.lists import voc_images, voc_object_classes
 from ..data.sources import FileSource, ImageSource, progress_bar
 from ..runtime.io import UsageError, did_you_mean
 
@@ -232,15 +233,12 @@ def read_voc_split(
         list_name: name of the list, such as trainval
         classes: names of the classes 1, 2, ...
     """
-    names = read_voc_list(base, list_name, "Main")
-    files = {Path(file).stem: file for file in os.listdir(base / "JPEGImages")}
-    paths = [f"{base.name}/JPEGImages/{files.get(name, name + '.jpg')}" for name in names]
-    require_files(base.parent, paths, "image")
+    names, files = voc_images(base, list_name, "Main")
     skipped, annotations = SkippedAnnotations(f"{base.name}/Annotations"), []
     for name in progress_bar(names, "annotations"):
         annotations.append(read_voc_xml(base / f"Annotations/{name}.xml", classes, skipped))
     skipped.report(sum(len(labels.boxes) for labels in annotations) + skipped.count)
-    return [str(base.parent / path) for path in paths], annotations
+    return [str(base / file) for file in files], annotations
 
 # %% ../../nbs/detect/00_boxes.ipynb #c023
 def _voc_lists(
@@ -268,14 +266,10 @@ def _voc_lists(
     return [(years[year], name) for year, name in wanted]
 
 
-def _voc_classes(folders: Iterable[Path]) -> list[str]:
+def _voc_classes(folders: list[Path]) -> list[str]:
     """The classes of the first classes.txt without the background; VOC's where there is none."""
-    for folder in folders:
-        path = folder / "classes.txt"
-        if path.is_file():
-            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-            return [name for name in names if name not in ("", "background")]
-    return list(VOC_CLASSES[1:])
+    own = [folder for folder in folders if (folder / "classes.txt").exists()]
+    return voc_object_classes([*own, *folders][0])
 
 # %% ../../nbs/detect/00_boxes.ipynb #c024
 def voc_detection(
@@ -290,7 +284,7 @@ def voc_detection(
             own list with the name of the split
     """
     lists = _voc_lists(root, find_voc_years(root), split, splits)
-    classes = _voc_classes(folder for folder, _ in lists)
+    classes = _voc_classes([folder for folder, _ in lists])
     paths, annotations = [], []
     for folder, list_name in lists:
         year_paths, year_annotations = read_voc_split(folder, list_name, classes)

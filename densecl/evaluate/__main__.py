@@ -43,6 +43,8 @@ def build_parser(name: str) -> Parser:
     add("--device", default="auto", choices=devices, help="where the network runs")
     if name in ("segment", "linear"):
         add("--trials", type=int, default=3, help="fits, for mean and standard deviation")
+    if name == "segment":
+        add("--void", type=int, default=255, help="value without a class in the masks, besides 255")
     if name == "knn":
         add("--k", type=int, default=20, help="nearest neighbors")
     if name == "linear":
@@ -63,6 +65,8 @@ def check_ranges(args: dict) -> None:
     for name in ("limit", "seed"):
         if args[name] < 0:
             raise UsageError(f"{option_name(name)} {args[name]}: must not be below 0")
+    if not 0 <= args.get("void", 0) <= 255:
+        raise UsageError(f"--void {args['void']}: must be a value of a mask, 0 to 255")
     if args["device"] == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device here; use --device cpu")
 

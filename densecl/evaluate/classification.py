@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SVM_COSTS', 'LabeledImage', 'SingleLabelDataset', 'open_image', 'class_folders', 'labeled_images', 'VocObject',
-           'read_voc_objects', 'read_image_names', 'iter_box_crops', 'open_single_label', 'EmbeddedImages',
-           'embed_images', 'knn_classify', 'linear_classify', 'accuracy', 'majority_baseline', 'knn_probe',
-           'linear_probe', 'MultiLabelDataset', 'iter_multi_label', 'open_multi_label', 'svm_average_precision',
-           'svm_probe']
+           'read_voc_objects', 'find_box_root', 'open_voc_split', 'iter_box_crops', 'open_single_label',
+           'EmbeddedImages', 'embed_images', 'knn_classify', 'linear_classify', 'accuracy', 'majority_baseline',
+           'knn_probe', 'linear_probe', 'MultiLabelDataset', 'iter_multi_label', 'open_multi_label',
+           'svm_average_precision', 'svm_probe']
 
 # %% ../../nbs/evaluate/06_classification.ipynb #c002
 import os
@@ -24,12 +24,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..augment import normalize
-from ..data.decode import decode_image
-from ..data.labels import VOC_CLASSES, find_voc_root, read_voc_list, require_package
-from ..data.sources import is_image_file
+from ..data.decode import decode_image, one_line
+from ..data.labels import require_package
+from densecl.data.lists import (
+    ListedImages,
+    find_voc_root,
+    is_image_file,
+    voc_images,
+    voc_object_classes,
+)
 from ..encoder import Encoder
 from .features import center_crop, evenly_spaced, pooled_features
-from ..runtime.io import UsageError
+from ..runtime.io import UsageError, did_you_mean
 
 # %% ../../nbs/evaluate/06_classification.ipynb #c005
 class LabeledImage(NamedTuple):
@@ -112,56 +118,89 @@ class VocObject(NamedTuple):
     difficult: bool
 
 
-def read_voc_objects(base: Path, name: str) -> list[VocObject]:
+def _voc_object(element: ElementTree.Element, classes: Sequence[str], start: str) -> VocObject:
+    """An object of an annotation; raises `UsageError`, whose text begins with `start`."""
+    name = element.findtext("name", "").strip()
+    if name not in classes:
+        raise UsageError(
+            f"{start}: {one_line(name)!r} is none of the {len(classes)} classes"
+            f"{did_you_mean(name, classes)}; "
+            "other classes are listed in classes.txt, one per line, beside JPEGImages"
+        )
+    corners = [element.findtext(f"bndbox/{k}") for k in ("xmin", "ymin", "xmax", "ymax")]
+    try:
+        box = tuple(round(float(corner)) for corner in corners)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(
+            f"{start}: the {name} has no bndbox of four numbers xmin, ymin, xmax, ymax"
+        ) from None
+    return VocObject(name, box, (element.findtext("difficult") or "0").strip() == "1")
+
+
+def read_voc_objects(base: Path, name: str, classes: Sequence[str]) -> list[VocObject]:
     """The objects in the annotation of an image; raises `UsageError` when it cannot be read.
 
     Args:
-        base: a VOC tree, from `labels.find_voc_root`
+        base: a VOC tree, from `lists.find_voc_root`
         name: of the image, without suffix
+        classes: names of the known classes
     """
     path = base / "Annotations" / f"{name}.xml"
+    start = f"--data-root {one_line(base)}: Annotations/{one_line(name)}.xml"
     try:
         elements = ElementTree.parse(path).findall("object")
     except (OSError, ElementTree.ParseError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise UsageError(f"--data-root {base}: Annotations/{name}.xml: {reason}") from None
-    objects = []
-    for element in elements:
-        corners = [element.findtext(f"bndbox/{k}") for k in ("xmin", "ymin", "xmax", "ymax")]
-        box = tuple(round(float(corner)) for corner in corners)
-        difficult = element.findtext("difficult", "0") == "1"
-        objects.append(VocObject(element.findtext("name"), box, difficult))
-    return objects
+        raise UsageError(f"{start}: {getattr(e, 'strerror', None) or e}") from None
+    return [_voc_object(element, classes, start) for element in elements]
 
 # %% ../../nbs/evaluate/06_classification.ipynb #c010
-def read_image_names(base: Path, split: str) -> list[str]:
-    """Names of a split's images; raises `UsageError` when there is no list.
+def find_box_root(root: Path | str) -> Path | None:
+    """The VOC folder in `root`, which has lists of either kind, or None; raises `UsageError`.
+
+    Args:
+        root: a VOC tree, or any folder; JPEGImages without lists or Annotations are an error
+    """
+    base = find_voc_root(root, "Main") or find_voc_root(root)
+    images = (base or Path(root)) / "JPEGImages"
+    if not images.is_dir():
+        return None
+    if not base or not (base / "Annotations").is_dir():
+        lacks = "Annotations/*.xml" if base else "ImageSets/Main with lists train.txt and val.txt"
+        raise UsageError(
+            f"--data-root {one_line(root)}: a VOC tree with JPEGImages, but without {lacks}"
+        )
+    return base
+
+
+def open_voc_split(base: Path, split: str) -> ListedImages:
+    """Names and files of a split's images; raises `UsageError` when some or the list is missing.
 
     Args:
         base: a VOC tree
         split: train, val, trainval or test, in ImageSets/Main, which covers all images, or else in
             ImageSets/Segmentation
     """
-    in_main = (base / f"ImageSets/Main/{split}.txt").is_file()
-    return read_voc_list(base, split, "Main" if in_main else "Segmentation")
+    folders = [name for name in ("Main", "Segmentation") if (base / "ImageSets" / name).is_dir()]
+    has_list = [name for name in folders if (base / f"ImageSets/{name}/{split}.txt").is_file()]
+    return voc_images(base, split, [*has_list, *folders][0])
 
 
 def iter_box_crops(base: Path, split: str, min_side: int = 32) -> Iterator[LabeledImage]:
-    """Yield the crops of a split's boxes that are not difficult.
+    """Yield the crops of a split's boxes that are not difficult; class 0 is the background.
 
     Args:
         base: a VOC tree
         split: train, val
         min_side: smallest shorter side of a box in pixels
     """
-    for name in read_image_names(base, split):
-        path = base / f"JPEGImages/{name}.jpg"
-        for found in read_voc_objects(base, name):
+    classes = voc_object_classes(base)
+    for name, file in zip(*open_voc_split(base, split)):
+        for found in read_voc_objects(base, name, classes):
             left, top, right, bottom = found.box
             large = min(right - left, bottom - top) >= min_side
-            if large and not found.difficult and found.name in VOC_CLASSES:
-                label = VOC_CLASSES.index(found.name)
-                yield LabeledImage(partial(open_image, path, found.box), label)
+            if large and not found.difficult:
+                label = classes.index(found.name) + 1
+                yield LabeledImage(partial(open_image, base / file, found.box), label)
 
 # %% ../../nbs/evaluate/06_classification.ipynb #c012
 def open_single_label(root: Path | str, limit: int = 0) -> SingleLabelDataset:
@@ -171,14 +210,16 @@ def open_single_label(root: Path | str, limit: int = 0) -> SingleLabelDataset:
         root: one folder per class, below train and val or directly; or a VOC tree
         limit: images of each split, evenly spaced; 0: all
     """
-    root, base = Path(root), find_voc_root(root)
+    root, expected = Path(root), "in one folder per class"
     if not root.is_dir():
         raise UsageError(
             f"--data-root {root}: no such folder; give a folder with train/CLASS/*.jpg and "
             "val/CLASS/*.jpg, or a VOC tree"
         )
+    base = find_box_root(root)
     if base:
-        classes = list(VOC_CLASSES)
+        expected = "with boxes of 32 pixels or more in width and height that are not difficult"
+        classes = ["background", *voc_object_classes(base)]
         train, val = (list(iter_box_crops(base, split)) for split in ("train", "val"))
     elif (root / "train").is_dir() and (root / "val").is_dir():
         classes = class_folders(root / "train")
@@ -190,7 +231,7 @@ def open_single_label(root: Path | str, limit: int = 0) -> SingleLabelDataset:
     if len({image.label for image in train}) < 2 or not val:
         raise UsageError(
             f"--data-root {root}: needs images of two classes or more in train, and some in val, "
-            "in one folder per class"
+            f"{expected}"
         )
     return SingleLabelDataset(classes, _limited(train, limit), _limited(val, limit))
 
@@ -381,14 +422,13 @@ def iter_multi_label(base: Path, split: str) -> Iterator[LabeledImage]:
         base: a VOC tree
         split: train, val, trainval or test
     """
-    classes = VOC_CLASSES[1:]  # without background
-    for name in read_image_names(base, split):
+    classes = voc_object_classes(base)
+    for name, file in zip(*open_voc_split(base, split)):
         label = np.full(len(classes), -1)
-        for found in read_voc_objects(base, name):
-            if found.name in classes:
-                index = classes.index(found.name)
-                label[index] = max(label[index], 0 if found.difficult else 1)
-        yield LabeledImage(partial(open_image, base / f"JPEGImages/{name}.jpg"), label)
+        for found in read_voc_objects(base, name, classes):
+            index = classes.index(found.name)
+            label[index] = max(label[index], 0 if found.difficult else 1)
+        yield LabeledImage(partial(open_image, base / file), label)
 
 
 def open_multi_label(root: Path | str, limit: int = 0) -> MultiLabelDataset:
@@ -398,16 +438,17 @@ def open_multi_label(root: Path | str, limit: int = 0) -> MultiLabelDataset:
         root: a VOC tree
         limit: images of each split, evenly spaced; 0: all
     """
-    base = find_voc_root(root)
+    base = find_box_root(root)
     if not base:
         raise UsageError(
-            f"--data-root {root}: no VOC tree; it needs JPEGImages, Annotations and ImageSets"
+            f"--data-root {one_line(root)}: no VOC tree; it needs JPEGImages, Annotations and "
+            "ImageSets/Main with lists train.txt and val.txt"
         )
     splits = ("train", "val")
     if base.name == "VOC2007" and (base / "ImageSets/Main/test.txt").is_file():
         splits = ("trainval", "test")  # the test set of 2007 has annotations
     train, val = (_limited(list(iter_multi_label(base, split)), limit) for split in splits)
-    return MultiLabelDataset(list(VOC_CLASSES[1:]), train, val)
+    return MultiLabelDataset(voc_object_classes(base), train, val)
 
 # %% ../../nbs/evaluate/06_classification.ipynb #c034
 SVM_COSTS = (0.01, 0.1, 1.0, 10.0)  # candidates of the cross-validation

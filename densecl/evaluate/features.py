@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import weights
 from ..config import Config, upgrade_config
 from ..data.dataset import HELD_OUT_PHOTOS, TileSource, open_source
-from ..data.labels import find_voc_root, read_voc_list
+from ..data.lists import find_voc_root, voc_images
 from ..data.sources import FileSource, ImageSource
 from ..encoder import Encoder, EncoderOutput, build_backbone
 from ..runtime.io import UsageError
@@ -144,8 +144,7 @@ def open_images(root: Path | str, split: str = "val") -> ImageSource:
     base = find_voc_root(root)
     if base is None:
         return open_source(root)
-    names = [f"{name}.jpg" for name in read_voc_list(base, split)]
-    return FileSource(base / "JPEGImages", names)
+    return FileSource(base, voc_images(base, split).files)
 
 # %% ../../nbs/evaluate/00_features.ipynb #c025
 # the fields of a config that determine the encoder before the first step

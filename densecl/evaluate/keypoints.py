@@ -29,7 +29,7 @@ from densecl.data.coco import (
     read_coco,
 )
 from ..data.decode import decode_labeled_image, one_line
-from ..data.labels import find_voc_root, read_voc_list
+from ..data.lists import find_voc_root, read_voc_list
 from ..data.sources import progress_bar
 from ..encoder import Encoder, l2_normalize
 from .features import encode_images, evenly_spaced

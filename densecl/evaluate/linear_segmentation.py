@@ -19,14 +19,17 @@ from PIL import Image
 from torch import Tensor
 
 from ..augment import normalize
+from ..data.decode import one_line
 from densecl.data.labels import (
     VOID,
     SegmentationDataset,
+    check_masks,
     mean_iou_from_confusion,
     open_segmentation,
 )
 from ..encoder import Encoder
 from .features import evenly_spaced, iter_features, resize_square
+from ..runtime.io import UsageError
 
 # %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c007
 def class_fractions(mask: np.ndarray, num_classes: int, h: int, w: int) -> Tensor:
@@ -217,24 +220,34 @@ class LabeledSplits(NamedTuple):
         val: images to evaluate
         size: side of an image in pixels
         limit: images of each split, evenly spaced; 0: all
+        hints: what a user should know about the labels, in lines of text
     """
 
     train: SegmentationDataset
     val: SegmentationDataset
     size: int
     limit: int
+    hints: tuple[str, ...] = ()
 
 
-def open_labeled_splits(root: Path | str, size: int = 224, limit: int = 2000) -> LabeledSplits:
-    """Open both splits; raises `UsageError` when images or masks are missing.
+def open_labeled_splits(
+    root: Path | str, size: int = 224, limit: int = 2000, void: int = VOID
+) -> LabeledSplits:
+    """Open both splits and check their masks; raises `UsageError` when something is wrong.
 
     Args:
         root: a VOC-, COCO- or Cityscapes-style folder
         size: side of an image in pixels
         limit: images of each split, evenly spaced; 0: all
+        void: value in the masks of pixels without a class, besides 255
     """
-    train, val = open_segmentation(root, "train"), open_segmentation(root, "val")
-    return LabeledSplits(train, val, size, limit)
+    train, val = (open_segmentation(root, split, void=void) for split in ("train", "val"))
+    if train.classes != val.classes:
+        raise UsageError(f"--data-root {one_line(root)}: train and val have different classes")
+    for dataset, split in ((train, "train"), (val, "val")):
+        check_masks(dataset, split, evenly_spaced(len(dataset), limit))
+    hints = dict.fromkeys(train.hints + val.hints)
+    return LabeledSplits(train, val, size, limit, tuple(hints))
 
 # %% ../../nbs/evaluate/05_linear_segmentation.ipynb #c025
 def predictor_iou(

@@ -10,10 +10,12 @@ __all__ = ['PROBES', 'NETWORK_PARTS', 'TRAINED_SIZE', 'ProbeOptions', 'Probe', '
 
 # %% ../../nbs/evaluate/07_probes.ipynb #c002
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.labels import VOID
 from ..encoder import Encoder
 from densecl.evaluate.classification import (
     MultiLabelDataset,
@@ -53,6 +55,8 @@ class ProbeOptions:
     """learning rate of the linear layer"""
     epochs: int = 100
     """epochs of the linear layer"""
+    void: int = VOID
+    """value of pixels without a class in the masks, besides 255"""
 
 # %% ../../nbs/evaluate/07_probes.ipynb #c006
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def run_keypoints(encoder: Encoder, data: tuple, options: ProbeOptions) -> dict[
 def open_masks(options: ProbeOptions) -> LabeledSplits:
     """Images with masks in two splits."""
     limit = options.limit or 2000
-    return open_labeled_splits(options.data_root, options.image_size, limit)
+    return open_labeled_splits(options.data_root, options.image_size, limit, options.void)
 
 
 def run_segment(encoder: Encoder, data: LabeledSplits, options: ProbeOptions) -> dict[str, dict]:
@@ -225,6 +229,8 @@ def compare_networks(
         options: from `probe_options`
     """
     rows, baselines, data = {}, {}, PROBES[probe].open(options)
+    for hint in getattr(data, "hints", ()):
+        print(f"hint: {hint}", file=sys.stderr)
     for name, encoder in encoders.items():
         for part, values in PROBES[probe].run(encoder, data, options).items():
             numbers = {key: _finite_or_none(value) for key, value in values.items()}

@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 from densecl.data.labels import (
     VOC_CLASSES,
+    VOID,
     SegmentationDataset,
+    check_masks,
     mean_iou,
     open_segmentation,
     overlay_mask,
@@ -53,6 +55,9 @@ class SegmentConfig(TransferConfig):
     """list of images to train on"""
     val_split: str = "val"
     """list of images to score on"""
+    void: int = VOID
+    """value of pixels without a class in the masks, besides 255; the names of the other values are
+    in classes.txt beside JPEGImages, one per line"""
     min_lr: float = 1e-4
     """learning rate at the end"""
     aux: float = 0.4
@@ -270,26 +275,28 @@ def validate_segment(config: SegmentConfig) -> None:
     require_package("torchmetrics", "mIoU")
     if config.crop_size < 32:
         raise UsageError(f"--crop-size {config.crop_size}: must be at least 32 pixels")
+    if not 0 <= config.void <= VOID:
+        raise UsageError(f"--void {config.void}: must be a value of a mask, 0 to 255")
 
 
 def open_splits(config: SegmentConfig) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """The datasets to train on and to score on; raises `UsageError`.
+    """The datasets to train on and to score on, all masks checked; raises `UsageError`.
 
     Args:
-        config: `data_root`, `train_split` and `val_split` are used
+        config: `data_root`, `train_split`, `val_split`, `void` and `eval_images` are used
     """
-    train = open_segmentation(config.data_root, config.train_split)
-    test = open_segmentation(config.data_root, config.val_split)
-    for dataset in (train, test):
-        for index in evaluated_indices(len(dataset), 5):
-            dataset.load(index)
+    train = open_segmentation(config.data_root, config.train_split, void=config.void)
+    test = open_segmentation(config.data_root, config.val_split, void=config.void)
+    check_masks(train, config.train_split)
+    check_masks(test, config.val_split, evaluated_indices(len(test), config.eval_images))
+    train.hints = list(dict.fromkeys(train.hints + test.hints))
     return train, test
 
 
 def hints(config: SegmentConfig, train: SegmentationDataset) -> list[str]:
-    """Advice before a run: whether the schedule is scaled."""
+    """Advice before a run: about the labels, and whether the schedule is scaled."""
     published = SegmentConfig(**PRESETS.get(config.preset, {}))
-    return schedule_hint(config, published.max_steps)
+    return train.hints + schedule_hint(config, published.max_steps)
 
 
 def table_columns(
