@@ -1,9 +1,11 @@
 """Install densecl from settings.ini, the one place that names its version and its requirements."""
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 settings = ConfigParser(delimiters="=", interpolation=None)
@@ -11,6 +13,20 @@ settings.read(here / "settings.ini", encoding="utf-8")
 get = settings["DEFAULT"].get
 source = f"https://github.com/{get('user')}/{get('repo')}"
 extras = {n: get(f"{n}_requirements").split() for n in ("transfer", "timm", "remote", "dev")}
+CHAPTER_FILES = ("nbs/weights/gallery.safetensors", "benchmarks/results.jsonl")
+
+
+class BuildWithChapterFiles(build_py):
+    """Copy the files that chapters read into the wheel: `densecl.runtime.io.chapter_file`."""
+
+    def run(self) -> None:
+        super().run()
+        folder = Path(self.build_lib, "densecl", "chapter_files")
+        for name in () if self.editable_mode else CHAPTER_FILES:
+            if (here / name).is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(here / name, folder)
+
 
 setup(
     name=get("lib_name"),
@@ -44,6 +60,7 @@ setup(
     ],
     packages=find_packages(include=["densecl", "densecl.*"]),
     package_data={"densecl": ["py.typed"]},
+    cmdclass={"build_py": BuildWithChapterFiles},
     entry_points={"console_scripts": get("console_scripts").split()},
     python_requires=">=" + get("min_python"),
     install_requires=get("requirements").split(),

@@ -34,6 +34,9 @@ def wheel(tmp_path_factory):
     shutil.copytree(
         ROOT / "densecl", source / "densecl", ignore=shutil.ignore_patterns("__pycache__")
     )
+    for name in ("nbs/weights/gallery.safetensors", "benchmarks/results.jsonl"):
+        (source / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / name, source / name)
     options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", out]
     run(sys.executable, "-m", "pip", "wheel", *options, source)
     return next(out.glob("*.whl"))
@@ -74,6 +77,20 @@ def test_the_wheel_imports_from_its_own_environment(installed):
     got = run(folder / "venv/bin/python", "-c", program, cwd=folder, env=env)
     path, name = got.stdout.split()
     assert Path(path).is_relative_to(folder / "venv") and name == "DenseCL"
+
+
+def test_the_wheel_contains_the_files_that_chapters_read(installed):
+    folder, env = installed
+    program = """from densecl.runtime.io import UsageError, chapter_file
+for name in ("nbs/weights/gallery.safetensors", "benchmarks/results.jsonl"):
+    print(chapter_file(name))
+try: chapter_file("nbs/absent.bin")
+except UsageError as e: print(e)"""
+    *found, missing = run(
+        folder / "venv/bin/python", "-c", program, cwd=folder, env=env
+    ).stdout.splitlines()
+    assert len(found) == 2 and all(Path(p).is_relative_to(folder / "venv") for p in found)
+    assert missing.startswith("absent.bin: not in this installation; put nbs/absent.bin")
 
 
 def test_the_wheel_trains_on_the_embedded_photographs(installed):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNSUPPORTED', 'WARNED', 'MACHINE_ERRORS', 'warn_once', 'sync_to_disk', 'fsync_folder', 'atomic_write', 'parse_row',
            'read_log', 'UsageError', 'RunError', 'RunStopped', 'Launch', 'launch', 'machine_error', 'run_command',
-           'note_once', 'did_you_mean', 'Parser', 'switch', 'add_config', 'option_name', 'lock_folder',
+           'note_once', 'chapter_file', 'did_you_mean', 'Parser', 'switch', 'add_config', 'option_name', 'lock_folder',
            'check_output_folder', 'strict_json']
 
 # %% ../../nbs/runtime/00_io.ipynb #c002
@@ -307,6 +307,26 @@ def note_once(text: str) -> None:
     if first and text not in _noted:
         print(f"densecl: {text}", file=sys.stderr)
     _noted.add(text)
+
+# %% ../../nbs/runtime/00_io.ipynb #c025w
+def chapter_file(name: str) -> Path:
+    """Path of a file that chapters read: a part of the wheel, or of the repository.
+
+    Args:
+        name: path in the repository, such as "benchmarks/results.jsonl"
+
+    Raises:
+        UsageError: the file is in neither of them, nor in the current folder
+    """
+    import densecl
+
+    package, file = Path(densecl.__file__).parent, Path(name).name
+    for path in (package.parent / name, package / "chapter_files" / file, Path(file)):
+        if path.is_file():
+            return path
+    raise UsageError(
+        f"{file}: not in this installation; put {name} of the repository into {Path.cwd()}"
+    )
 
 # %% ../../nbs/runtime/00_io.ipynb #c031
 def did_you_mean(word: str, known: Iterable[str]) -> str:
