@@ -192,7 +192,7 @@ def to(x, *args, **kwargs):
     kwargs = {name: unwrap(value) for name, value in kwargs.items() if name != "device"}
     if device is None or is_cuda(device) == on_cuda(x):
         return torch.Tensor.to(x, *args, **kwargs) if args or kwargs else x
-    why = copy_waits(x, not (kwargs.get("non_blocking") or True in args))
+    why = copy_waits(x, not (kwargs.get("non_blocking") or any(a is True for a in args)))
     if why:
         LOG.wait(why)
     LOG.operations["_to_copy"] += 1
@@ -260,9 +260,12 @@ def replacements():
     yield torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True
     yield torch.cuda, "get_device_capability", lambda *args: (8, 0)
     yield torch.cuda, "max_memory_allocated", lambda *args: 0
+    yield torch.cuda, "synchronize", lambda *args: LOG.wait("synchronize")
     yield torch.accelerator, "is_available", lambda: True
     yield torch.amp.grad_scaler, "amp_definitely_not_available", lambda: False
     yield torch, "autocast", Autocast
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        yield torch.optim.Optimizer, name, lambda self: None
     yield torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", group_tensors
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         real = getattr(torch, name)

@@ -31,7 +31,7 @@ TINY = shlex.split(
 ROW = set(
     shlex.split(
         "step epoch lr loss loss_global loss_dense match_acc pos neg alike alike_backbone grad "
-        "queue_fill images_per_s data_wait loader_cpu memory bad"
+        "queue_fill images_per_s data_wait loader_cpu memory bad skipped"
     )
 )
 

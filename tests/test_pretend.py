@@ -48,7 +48,7 @@ def rows():
     """The rows with a loss, without times."""
     found = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     for row in found:
-        for name in ("images_per_s", "data_wait", "memory"):
+        for name in ("images_per_s", "data_wait", "loader_cpu", "memory"):
             row.pop(name, None)
     return found
 
