@@ -297,7 +297,8 @@ def setup_device(config: Config) -> torch.device:
     """Join the process group, set threads and determinism, and return this process's device.
 
     Args:
-        config: the config of the run; raises `UsageError` for SyncBN without CUDA
+        config: the config of the run; raises `UsageError` for SyncBN without CUDA, and for
+            --deterministic where CUDA has no deterministic algorithm
     """
     slow = {"keypoints", "segment", "linear", "svm"} & set(config.probe.split(","))
     # the other ranks wait for rank 0's probes
@@ -305,12 +306,24 @@ def setup_device(config: Config) -> torch.device:
     device = distributed.init_distributed(config.device, timeout)
     if config.bn == "sync" and device.type != "cuda":
         raise UsageError("--bn sync: PyTorch's SyncBN needs CUDA; here --bn shuffle or plain")
+    _check_deterministic(config, device)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return device
+
+
+def _check_deterministic(config: Config, device: torch.device) -> None:
+    options = [f"--grid {config.grid}"] if config.grid else []
+    if config.padding == "reflect":  # PyTorch has one for replicate
+        options.append("--padding reflect")
+    if options and config.deterministic and device.type == "cuda":
+        raise UsageError(
+            f"--deterministic {options[0]}: PyTorch has no deterministic gradient for it on CUDA; "
+            "leave one of the two out, or --device cpu"
+        )
 
 # %% ../nbs/09_trainer.ipynb #c028
 def wrap_model(model: MoCo, config: Config) -> nn.Module:

@@ -259,6 +259,7 @@ def replacements():
     yield torch.cuda, "manual_seed_all", lambda seed: None
     yield torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True
     yield torch.cuda, "get_device_capability", lambda *args: (8, 0)
+    yield torch.cuda, "synchronize", lambda device=None: LOG.wait("synchronize")
     yield torch.cuda, "max_memory_allocated", lambda *args: 0
     yield torch.cuda, "synchronize", lambda *args: LOG.wait("synchronize")
     yield torch.accelerator, "is_available", lambda: True

@@ -6,18 +6,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from pretend import LOG, pretended_cuda
+from test_detect import TINY as TINY_DETECTOR
+from test_detect import voc  # noqa: F401  a fixture
+from test_probes import SMALL as SMALL_NETWORK
+from test_probes import make_voc_tree
+from test_segment import arguments as segment_arguments
+from test_segment import tree  # noqa: F401  a fixture
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from densecl import trainer
 from densecl.config import Match
 from densecl.data.loader import CorruptImageCounter, build_loader, build_views
+from densecl.detect.__main__ import main as detect
+from densecl.encoder import Encoder, build_backbone
+from densecl.evaluate.__main__ import main as evaluate
 from densecl.runtime.checkpoint import MetricsLog
+from densecl.runtime.io import UsageError
 from densecl.runtime.metrics import Meter
 from densecl.runtime.signals import StopSignal
+from densecl.segment.__main__ import main as segment
+from densecl.visualize.matches import hover_map, show_matches
 from tiny import TINY
 
 SMALL = replace(TINY, data_root="photos", out="out", device="cuda", augment="reference")
@@ -53,28 +67,26 @@ def rows():
     return found
 
 
-@pytest.mark.parametrize("amp, killed_after", [("off", [2]), ("fp16", [1])])
-def test_a_killed_run_continues_with_the_same_rows(monkeypatch, amp, killed_after):
-    config = replace(SMALL, amp=amp, log_every=3, save_every=1, max_steps=6, resume="never")
+def test_a_killed_run_continues_with_the_same_rows(monkeypatch):
+    """It is killed between two rows, and what was measured since the last one is in its file."""
+    config = replace(SMALL, amp="fp16", log_every=3, save_every=1, max_steps=4, resume="never")
     monkeypatch.setattr(trainer, "step_figure", lambda *args: None)
+
+    def kill(step):
+        if step == 3:
+            raise Killed
+
     with pretended_cuda():
         whole = trainer.train(config).state_dict()
         expected = rows()
-        assert [row["step"] for row in expected] == [3, 6]
-        for last in killed_after:
-
-            def kill(step, last=last):
-                if step == last + 1:
-                    raise Killed
-
-            with monkeypatch.context() as patched:
-                before_each_step(patched, kill)
-                with pytest.raises(Killed):
-                    trainer.train(config)
-            again = trainer.train(replace(config, resume="auto")).state_dict()
-            assert rows() == expected, last
-            for name, value in whole.items():
-                assert torch.equal(value, again[name]), (last, name)
+        assert [row["step"] for row in expected] == [3, 4]
+        with monkeypatch.context() as patched:
+            before_each_step(patched, kill)
+            with pytest.raises(Killed):
+                trainer.train(config)
+        again = trainer.train(replace(config, resume="auto")).state_dict()
+    assert rows() == expected
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
 def overflowing_steps(scale, steps=3):
@@ -200,3 +212,55 @@ def test_a_run_waits_for_the_device_only_when_a_row_is_due(monkeypatch):
     with pretended_cuda():
         trainer.train(replace(SMALL, log_every=4, max_steps=4))
     assert waits[1] == waits[2] == waits[3] > 0
+
+
+def test_probes_run_on_the_device(capsys):
+    """Those that `test_a_run_with_probes_and_its_figures` does not run."""
+    make_voc_tree(Path("VOC2012"))
+    for probe in ("stereo", "keypoints", "segment", "knn"):
+        options = [] if probe == "stereo" else ["--data-root", "VOC2012"]
+        options += ["--trials", "1"] if probe == "segment" else []
+        with pretended_cuda() as log:
+            evaluate([probe, *SMALL_NETWORK.split(), *options, "--device", "cuda"])
+        assert log.operations["convolution"], probe
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["probe"] == probe
+
+
+def test_a_run_with_probes_and_its_figures(monkeypatch):
+    with pretended_cuda():
+        trainer.train(replace(SMALL, max_steps=1, probe="match,rank"))
+    assert Path("out/matches/before_after.png").exists()
+
+
+def test_segmentation_is_trained_and_scored(tree):  # noqa: F811
+    options = segment_arguments(tree, "out", "--device", "cuda", "--trials", "1")
+    with pretended_cuda() as log:
+        segment([*options, "--max-steps", "2"])
+    assert log.operations["convolution_backward"]
+    assert 0 <= json.loads(Path("out/results.json").read_text())["miou_mean"] <= 1
+
+
+def test_detection_is_trained_and_scored(voc):  # noqa: F811
+    options = ["--weights", "random", "--data-root", str(voc), "--out", "out", *TINY_DETECTOR]
+    with pretended_cuda() as log:
+        detect([*options, "--device", "cuda", "--max-steps", "2"])
+    assert log.operations["convolution_backward"] and Path("out/results.json").exists()
+
+
+def test_matches_are_shown_with_a_network_on_the_device():
+    encoder = Encoder(*build_backbone("resnet18-layer2"), hidden=8, dim=4).eval()
+    images = [Image.fromarray(np.full((32, 48, 3), level, np.uint8)) for level in (50, 200)]
+    with pretended_cuda() as log:
+        encoder = encoder.to("cuda")
+        show_matches(encoder, *images, "dense", 5)
+        hover_map(encoder, *images, "backbone").page("two images")
+    assert log.operations["convolution"]
+
+
+@pytest.mark.parametrize("choice", [{"grid": 3}, {"padding": "reflect"}], ids=str)
+def test_what_has_no_deterministic_gradient_on_the_device_is_refused(choice):
+    option = "--" + " ".join(map(str, *choice.items()))
+    config = replace(SMALL, deterministic=True, **choice)
+    with pretended_cuda(), pytest.raises(UsageError, match=f"--deterministic {option}: "):
+        trainer.train(config)
+    assert not torch.are_deterministic_algorithms_enabled() and not Path("out").exists()

@@ -61,7 +61,7 @@ def feature_grids(
         features: "backbone" features, or projections of the "dense" head
 
     Returns:
-        One tensor 1 x C x h x w per image.
+        One tensor 1 x C x h x w per image, on the CPU.
 
     Raises:
         UsageError: `features` is "dense" and the encoder has no dense head
@@ -76,11 +76,12 @@ def feature_grids(
             "--features dense: these weights have no dense head (MoCo-v2, or a backbone alone); "
             "use --features backbone"
         )
+    device = next(encoder.parameters()).device
     with torch.no_grad():
-        outputs = [encoder(normalize(image)[None]) for image in images]
+        outputs = [encoder(normalize(image)[None].to(device)) for image in images]
     if features == "dense":
-        return [output.dense for output in outputs]
-    return [l2_normalize(output.features) for output in outputs]
+        return [output.dense.cpu() for output in outputs]
+    return [l2_normalize(output.features).cpu() for output in outputs]
 
 # %% ../../nbs/visualize/02_matches.ipynb #c011
 def sample_mutual_matches(f_a: Tensor, f_b: Tensor, n: int = 40) -> tuple[Tensor, Tensor]:
