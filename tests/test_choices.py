@@ -12,8 +12,9 @@ import pytest
 
 from densecl.config import Config, presets
 from densecl.evaluate.features import load_network
+from densecl.resume import check_resumable
 from densecl.runtime.io import UsageError
-from densecl.trainer import build_model, check_resumable
+from densecl.trainer import build_model
 from densecl.variants import DenseCLVariant
 
 ROOT = Path(__file__).parents[1]

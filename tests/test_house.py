@@ -32,7 +32,7 @@ LAYERS = [
     ["weights"],
     ["visualize"],
     ["evaluate"],
-    ["doctor", "trainer", "cost", "train"],
+    ["resume", "doctor", "trainer", "cost", "train"],
     ["transfer"],
     ["segment", "detect", "show", "__init__", "__main__"],
 ]

@@ -276,7 +276,8 @@ class RunWriter:
 
     A context manager: it creates and locks the folder, writes config.json, deletes rows after
     the first step and shows a progress bar; all ranks must enter it. An `OSError` while writing
-    becomes a `RunError` that names the last good checkpoint.
+    becomes a `RunError` that names the last good checkpoint. A run that has reached its last
+    step is finished: its folder is left as it is.
 
     Args:
         folder: run folder; created if it does not exist
@@ -297,7 +298,7 @@ class RunWriter:
         self.step = step
         self.last_step = last_step
         self.keep = keep
-        self.active = distributed.rank() == 0
+        self.active = distributed.rank() == 0 and not 0 < last_step <= step
         self._stack = ExitStack()
         self._pending: Future[None] | None = None  # the save under way
 
@@ -310,9 +311,14 @@ class RunWriter:
         except BaseException:
             self._stack.close()
             raise
-        if self.step:
-            done = ", which was the last" if self.step >= self.last_step else ""
-            self.message(f"resumed at step {self.step}{done}")
+        if 0 < self.last_step <= self.step:
+            self.message(
+                f"the run is finished: it is at step {self.step}, and this command ends at step "
+                f"{self.last_step}; nothing was changed. To go on, raise --max-steps, up to the "
+                "end of its epochs; for a new run give another --out, or --resume never"
+            )
+        elif self.step:
+            self.message(f"resumed at step {self.step}")
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -260,7 +260,7 @@ MESSAGE_BYTES = 1000
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise a `UsageError` of one rank on all ranks, with the same message.
+    """Raise a `UsageError` of one rank on all ranks, with the same message after its number.
 
     A collective: all ranks must enter it. A `RunError` has its message on its own rank only.
     """
@@ -274,12 +274,12 @@ def raise_on_all_ranks() -> Iterator[None]:
     messages = all_gather(torch.frombuffer(message, dtype=torch.uint8)[None])  # R x 1000
     if error:
         raise error
-    for row in messages.tolist():
+    for rank_of_row, row in enumerate(messages.tolist()):
         status, _, text = bytes(row).decode(errors="ignore").strip().partition(" ")
         if status == "1":
             raise RunError("")
         if status:
-            raise UsageError(text)
+            raise UsageError(f"rank {rank_of_row}: {text}")
 
 
 def raise_together(error: UsageError | None, device: str, timeout: float) -> None:

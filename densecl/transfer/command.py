@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..resume import check_ranks, splits_fingerprint
 from ..runtime import distributed
 from ..runtime.io import UsageError, launch
 from ..runtime.workers import check_shared_memory, check_worker_limits
@@ -157,12 +158,16 @@ def run_transfer(task: TransferTask, argv: list[str]) -> None:
             check_worker_limits(config.workers)
             batch_bytes = task.batch_bytes(config) / distributed.world_size()
             check_shared_memory(config.workers, batch_bytes)
+            data = splits_fingerprint(train, test)
+        check_ranks(config, data, weights=[str(weights.sha256)[:8] for weights in initializations])
         _print_hints(task.hints(config, train), device)
 
         def train_and_score(trial: Trial, weights: InitialWeights) -> dict[str, Any]:
             return task.train_and_score(trial, weights, train, test, device)
 
-        summaries = compare_initializations(config, initializations, train_and_score, task.metric)
+        summaries = compare_initializations(
+            config, initializations, train_and_score, task.metric, data
+        )
         if distributed.rank() == 0:
             num_images = (len(train), len(test))
             comparable = follows_paper(config, task.paper, num_images, task.paper_num_images)

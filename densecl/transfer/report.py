@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .initialization import TransferConfig
-from .trials import CHANGEABLE_FIELDS
+from .initialization import CHANGEABLE_FIELDS, TransferConfig
 
 # %% ../../nbs/transfer/02_report.ipynb #c005
 class PaperResult(NamedTuple):
