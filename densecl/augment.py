@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'Box', 'AugmentConfig', 'ViewParams', 'center_crop_box', 'sample_crop', 'sample_jitter', 'sample_view',
            'render_view', 'normalize', 'denormalize', 'sample_generator', 'image_size', 'TwoViews', 'seeded',
-           'TwoCropsTransform']
+           'fit_affine', 'to_tensor', 'transform_and_track', 'can_track', 'TwoCropsTransform']
 
 # %% ../nbs/01_augment.ipynb #c002
 import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from .runtime.io import note_once
 
 # %% ../nbs/01_augment.ipynb #c008
 # per-channel statistics of ImageNet's pixels in 0 .. 1
@@ -43,6 +45,8 @@ class AugmentConfig:
         p_blur: probability of a Gaussian blur
         sigma: least and greatest standard deviation of the blur, in pixels of the view
         p_flip: probability of a horizontal flip
+        p_solarize: probability of solarization, as in BYOL; MoCo-v2 and DenseCL have none
+        solarize_threshold: levels from this one on, 0 .. 255, are inverted
     """
 
     size: int = 224
@@ -54,6 +58,8 @@ class AugmentConfig:
     p_blur: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)
     p_flip: float = 0.5
+    p_solarize: float = 0.0
+    solarize_threshold: int = 128
 
 # %% ../nbs/01_augment.ipynb #c010
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class ViewParams:
         gray: whether the view is grayscale
         sigma: standard deviation of the blur in pixels of the view; 0: no blur
         flip: whether the view is flipped horizontally
+        solarize: levels from this one on are inverted; None: no solarization
     """
 
     box: tuple[int, int, int, int]
@@ -73,6 +80,7 @@ class ViewParams:
     gray: bool = False
     sigma: float = 0.0
     flip: bool = False
+    solarize: int | None = None
 
     def affine(self) -> np.ndarray:
         """2 x 3 float32: the view's unit square (x right, y down) to pixels of the image."""
@@ -120,7 +128,9 @@ def sample_crop(rng: np.random.Generator, width: int, height: int, config: Augme
 def sample_jitter(
     rng: np.random.Generator, jitter: tuple[float, float, float, float]
 ) -> tuple[tuple[str, float], ...]:
-    """Four (operation, factor) in random order, distributed as in torchvision's ColorJitter.
+    """(operation, factor) in random order, distributed as in torchvision's ColorJitter.
+
+    An operation of strength 0 is left out.
 
     Args:
         rng: source of the random numbers
@@ -130,7 +140,8 @@ def sample_jitter(
     factors = [rng.uniform(max(0, 1 - x), 1 + x) for x in strengths]
     factors.append(rng.uniform(-hue, hue))
     names = ("brightness", "contrast", "saturation", "hue")
-    return tuple((names[i], float(factors[i])) for i in rng.permutation(4))
+    order = rng.permutation(4)
+    return tuple((names[i], float(factors[i])) for i in order if jitter[i])
 
 # %% ../nbs/01_augment.ipynb #c024
 def sample_view(
@@ -144,17 +155,21 @@ def sample_view(
         height: of the image in pixels
         config: ranges and probabilities
     """
-    return ViewParams(
+    view = ViewParams(
         box=sample_crop(rng, width, height, config),
         jitter=sample_jitter(rng, config.jitter) if rng.random() < config.p_jitter else (),
         gray=bool(rng.random() < config.p_gray),
         sigma=float(rng.uniform(*config.sigma)) if rng.random() < config.p_blur else 0.0,
         flip=bool(rng.random() < config.p_flip),
     )
+    # drawn last and only if needed: the other parameters do not depend on it
+    if config.p_solarize and rng.random() < config.p_solarize:
+        return replace(view, solarize=config.solarize_threshold)
+    return view
 
 # %% ../nbs/01_augment.ipynb #c031
 def render_view(image: Image.Image, view: ViewParams, size: int) -> Image.Image:
-    """Crop, resize, jitter, gray, blur and flip an image, in the authors' order.
+    """Crop, resize, jitter, gray, blur, solarize and flip an image, in the authors' order.
 
     Args:
         image: Pillow image in RGB
@@ -169,6 +184,8 @@ def render_view(image: Image.Image, view: ViewParams, size: int) -> Image.Image:
         image = TF.to_grayscale(image, num_output_channels=3)
     if view.sigma:
         image = image.filter(ImageFilter.GaussianBlur(radius=view.sigma))
+    if view.solarize is not None:
+        image = ImageOps.solarize(image, view.solarize)
     return image.transpose(Image.FLIP_LEFT_RIGHT) if view.flip else image
 
 # %% ../nbs/01_augment.ipynb #c047
@@ -296,21 +313,101 @@ def seeded(*key: int) -> Iterator[None]:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 
+# %% ../nbs/01_augment.ipynb #g002
+def fit_affine(points: np.ndarray, moved: np.ndarray) -> np.ndarray | None:
+    """The affine map from a view's unit square to pixels of the image; None if none fits.
+
+    Args:
+        points: P x 2, x and y in pixels of the image
+        moved: P x 2, the same points in the unit square of the view, also outside of it
+    """
+    inputs = np.column_stack([points, np.ones(len(points))])  # P x 3
+    fit = np.linalg.lstsq(inputs, moved, rcond=None)[0]  # 3 x 2
+    error = np.abs(inputs @ fit - moved).max()
+    if not error < 0.01 or abs(np.linalg.det(fit[:2])) < 1e-12:
+        return None
+    inverse = np.linalg.inv(fit[:2].T)
+    return np.column_stack([inverse, -inverse @ fit[2]]).astype(np.float32)
+
+
+def to_tensor(view: Any) -> Tensor:
+    """A view as a plain tensor; a Pillow image as 3 x H x W uint8.
+
+    Args:
+        view: tensor of any subclass, or a Pillow image
+    """
+    if isinstance(view, Image.Image):
+        view = TF.pil_to_tensor(view.convert("RGB"))
+    return view.as_subclass(Tensor)
+
+
+def transform_and_track(
+    transform: Callable[..., Any], image: Image.Image
+) -> tuple[Tensor, np.ndarray | None]:
+    """The transformed image, and its affine map as from `fit_affine`.
+
+    Args:
+        transform: of `torchvision.transforms.v2`
+        image: Pillow image
+    """
+    from torchvision.tv_tensors import BoundingBoxes
+
+    width, height = image.size
+    x, y = np.meshgrid(np.linspace(0, width, 5), np.linspace(0, height, 5))
+    points = np.stack([x.ravel(), y.ravel()], 1)  # 25 x 2
+    corners = torch.from_numpy(np.tile(points, 2)).float()  # 25 x 4: boxes of size 0
+    options = {"format": "XYXY", "canvas_size": (height, width), "clamping_mode": None}
+    view, boxes = transform(image, BoundingBoxes(corners, **options))
+    moved = boxes.as_subclass(Tensor).double().numpy()
+    moved = (moved[:, :2] + moved[:, 2:]) / 2 / np.array(boxes.canvas_size[::-1])
+    return to_tensor(view), fit_affine(points, moved)
+
+# %% ../nbs/01_augment.ipynb #g004
+def can_track(transform: Callable[..., Any], tries: int = 8) -> bool:
+    """Whether a transform's geometry can be tracked; a line on stderr says why one of v2's cannot.
+
+    Args:
+        transform: as in `TwoCropsTransform`; tried on an image of 640 x 480 pixels
+        tries: number of random views
+    """
+    from torchvision.transforms import v2
+
+    if not isinstance(transform, v2.Transform):
+        return False
+    reason = "it is not affine"
+    try:
+        with seeded(0):
+            image = Image.fromarray(np.random.randint(0, 256, (480, 640, 3), np.uint8))
+            maps = [transform_and_track(transform, image)[1] for _ in range(tries)]
+    except Exception as e:  # noqa: BLE001  a transform of the user's own may raise anything
+        maps, reason = [None], " ".join(f"{type(e).__name__}: {e}".split())[:150]
+    if all(affine is not None for affine in maps):
+        return True
+    text = "the geometry of the transform is not tracked, so there is no match accuracy"
+    note_once(f"{text} ({reason})")
+    return False
+
 # %% ../nbs/01_augment.ipynb #c065
 class TwoCropsTransform(Dataset):
-    """Pairs of views by any transform of a Pillow image, such as torchvision's; no geometry.
+    """Pairs of views by any transform of a Pillow image, such as torchvision's.
+
+    The geometry of transforms of `torchvision.transforms.v2` is tracked if it is affine.
 
     Args:
         source: as in `TwoViews`
-        transform: takes a Pillow image, returns a 3 x H x W tensor; may draw from the global
-            generators of torch, Python and numpy
+        transform: takes a Pillow image, returns a 3 x H x W tensor (normalized, or uint8) or
+            a Pillow image; may draw from the global generators of torch, Python and numpy
         seed: seed of the run
+
+    Attributes:
+        tracks: whether the samples contain affine_q and affine_k
     """
 
     def __init__(
         self, source: Any, transform: Callable[[Image.Image], Tensor], seed: int = 0
     ) -> None:
         self.source, self.transform, self.seed = source, transform, seed
+        self.tracks = can_track(transform)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -321,6 +418,9 @@ class TwoCropsTransform(Dataset):
     def at(self, epoch: int, position: int, index: int) -> dict[str, Any]:
         """The sample of a key: im_q, im_k, index, bad, as in `TwoViews.at`.
 
+        If `tracks`, also affine_q and affine_k; where a view has no affine map, these are far away
+        from the image, so that no position has a known match.
+
         Args:
             epoch: number of the epoch, from 0
             position: of the sample in the epoch's order
@@ -329,5 +429,12 @@ class TwoCropsTransform(Dataset):
         replacement_rng = sample_generator(self.seed, epoch, position, 2)
         image, index, bad = self.source.load_or_replace(index, replacement_rng)
         with seeded(self.seed, epoch, position):
-            im_q, im_k = self.transform(image), self.transform(image)
-        return {"im_q": im_q, "im_k": im_k, "index": index, "bad": bad}
+            if not self.tracks:
+                im_q, im_k = (to_tensor(self.transform(image)) for _ in range(2))
+                return {"im_q": im_q, "im_k": im_k, "index": index, "bad": bad}
+            query, key = (transform_and_track(self.transform, image) for _ in range(2))
+        sample = {"im_q": query[0], "im_k": key[0], "index": index, "bad": bad}
+        for suffix, (_, affine), x in (("q", query, -1e6), ("k", key, 1e6)):
+            found = np.float32([[1, 0, x], [0, 1, 0]]) if affine is None else affine
+            sample[f"affine_{suffix}"] = torch.from_numpy(found)
+        return sample

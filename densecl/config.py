@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Match', 'COCO', 'IMAGENET', 'DEMO', 'presets', 'BACKBONES', 'STAGE_STRIDES', 'PROBE_NAMES', 'LABELED_PROBES',
-           'DENSE_ONLY', 'POSITIVE_FIELDS', 'FRACTION_FIELDS', 'TYPE_NAMES', 'RENAMED_FIELDS', 'RENAMED_VALUES',
-           'Config', 'learning_rate', 'cpu_has_bf16', 'scaled_lr', 'backbone_stride', 'grid_size', 'validate_field',
-           'check_paths', 'validate_config', 'config_hints', 'upgrade_config']
+           'DENSE_ONLY', 'POSITIVE_FIELDS', 'FRACTION_FIELDS', 'LARGEST_VALUES', 'TYPE_NAMES', 'RENAMED_FIELDS',
+           'RENAMED_VALUES', 'Config', 'learning_rate', 'cpu_has_bf16', 'scaled_lr', 'backbone_stride', 'grid_size',
+           'validate_field', 'check_paths', 'validate_config', 'config_hints', 'upgrade_config']
 
 # %% ../nbs/08_config.ipynb #c002
 import math
@@ -14,7 +14,7 @@ import re
 from dataclasses import Field, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from .runtime.io import UsageError, check_output_folder, option_name, switch
 
@@ -113,6 +113,32 @@ class Config:
     augment: Literal["reference", "fast", "device"] = "fast"
     """fast: OpenCV, close to the reference; reference: Pillow, as the authors; device: color, blur
     and flip in batches on the device"""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """least and greatest fraction of the image's area that a crop covers"""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """least and greatest width / height of a crop"""
+    brightness: float = 0.4
+    """of the color jitter: factors from 1 - x to 1 + x, as in torchvision's ColorJitter"""
+    contrast: float = 0.4
+    """of the color jitter, like brightness"""
+    saturation: float = 0.4
+    """of the color jitter, like brightness"""
+    hue: float = 0.1
+    """of the color jitter: shifts from -x to x of the color circle, at most 0.5"""
+    color_jitter_prob: float = 0.8
+    """probability of the color jitter"""
+    grayscale_prob: float = 0.2
+    """probability of a grayscale view"""
+    blur_prob: float = 0.5
+    """probability of a Gaussian blur"""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """least and greatest standard deviation of the blur, in pixels of the view"""
+    solarize_prob: float = 0.0
+    """probability of solarization; not in the paper"""
+    solarize_threshold: int = 128
+    """levels from this one on, 0 to 255, are inverted"""
+    hflip_prob: float = 0.5
+    """probability of a horizontal flip"""
     log_every: int = 50
     """steps between rows of metrics.jsonl"""
     save_every: int = 1000
@@ -248,7 +274,10 @@ POSITIVE_FIELDS = (
     *("epochs", "batch_size", "image_size", "hidden", "dim", "queue_len", "temperature", "lr"),
     *("log_every", "save_every", "keep_checkpoints", "timeout"),
 )
-FRACTION_FIELDS = ("momentum", "sgd_momentum", "loss_lambda", "max_corrupt_fraction")
+FRACTION_FIELDS = ("momentum", "sgd_momentum", "loss_lambda", "max_corrupt_fraction") + (
+    *("color_jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob", "hflip_prob"),
+)
+LARGEST_VALUES = {"seed": 2**32 - 1, "hue": 0.5, "solarize_threshold": 255}
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
 
 
@@ -259,6 +288,8 @@ def validate_field(field: Field, value: Any) -> str:
         field: one of `fields(config)`; of any config with these field names
         value: the value to check
     """
+    if get_origin(field.type) is tuple:
+        return _validate_range(field.name, value)
     choices = get_args(field.type)
     if choices:
         return "" if value in choices else f"choose from {', '.join(choices)}"
@@ -274,9 +305,21 @@ def validate_field(field: Field, value: Any) -> str:
         return "must be between 0 and 1"
     if field.name in POSITIVE_FIELDS and value <= 0:
         return "must be above 0"
-    if field.name == "seed" and value >= 2**32:
-        return "must be below 2**32"
+    if value > LARGEST_VALUES.get(field.name, math.inf):
+        return f"must be at most {LARGEST_VALUES[field.name]}"
     return "must not be below 0" if value < 0 else ""
+
+
+def _validate_range(name: str, value: Any) -> str:
+    numbers = isinstance(value, (tuple, list)) and len(value) == 2
+    numbers = numbers and all(isinstance(x, (int, float)) and math.isfinite(x) for x in value)
+    if not numbers or value[0] > value[1]:
+        return "must be two numbers, the least and the greatest, such as 0.2 1.0"
+    if name == "crop_scale" and value[1] > 1:
+        return "must be at most 1, the area of the image"
+    if name == "blur_sigma":
+        return "must not be below 0" if value[0] < 0 else ""
+    return "must be above 0" if value[0] <= 0 else ""
 
 
 def _validate_probes(names: str) -> str:
@@ -348,7 +391,9 @@ def validate_config(config: Config, world_size: int = 1, need_data: bool = False
 
 
 def _option(config: Config, name: str) -> str:
-    return f"{option_name(name)} {getattr(config, name)}"
+    value = getattr(config, name)
+    words = value if isinstance(value, (tuple, list)) else [value]
+    return f"{option_name(name)} {' '.join(map(str, words))}"
 
 
 def _check_grid(config: Config) -> None:
@@ -440,4 +485,5 @@ def upgrade_config(saved: dict) -> dict:
     for name, values in RENAMED_VALUES.items():
         if saved.get(name) in values:
             saved[name] = values[saved[name]]
-    return saved
+    # JSON has no tuples
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}

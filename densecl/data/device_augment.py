@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JITTER_NAMES', 'COLOR_OPS', 'ColorStep', 'luma', 'mean_luma', 'blend', 'adjust_brightness', 'adjust_contrast',
            'adjust_saturation', 'rgb_to_hsv', 'adjust_hue', 'box_kernels', 'box_blur_pass', 'gaussian_blur',
-           'view_tensors', 'to_grayscale', 'flip_horizontally', 'color_steps', 'apply_colors', 'CropViews']
+           'view_tensors', 'to_grayscale', 'solarize', 'flip_horizontally', 'color_steps', 'apply_colors', 'CropViews']
 
 # %% ../../nbs/data/08_device_augment.ipynb #c002
 from collections.abc import Callable
@@ -173,7 +173,7 @@ def view_tensors(view: ViewParams) -> dict[str, Tensor]:
     """The parameters of a view that `apply_colors` needs, as small tensors.
 
     These are order (4 indices into `JITTER_NAMES`, -1: none) and factor (4) of the color jitter,
-    gray, sigma and flip.
+    gray, sigma, solarize (the threshold, 256: none) and flip.
 
     Args:
         view: parameters of the view
@@ -187,6 +187,7 @@ def view_tensors(view: ViewParams) -> dict[str, Tensor]:
         "factor": factors,
         "gray": torch.tensor(view.gray),
         "sigma": torch.tensor(view.sigma),
+        "solarize": torch.tensor(256 if view.solarize is None else view.solarize),
         "flip": torch.tensor(view.flip),
     }
 
@@ -201,6 +202,16 @@ def to_grayscale(images: Tensor) -> Tensor:
         images: N x 3 x S x S integer levels
     """
     return luma(images).expand_as(images)
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert the levels from the threshold on.
+
+    Args:
+        images: N x 3 x S x S integer levels
+        threshold: N x 1 x 1 x 1
+    """
+    return torch.where(images < threshold, images, 255 - images)
 
 
 def flip_horizontally(images: Tensor) -> Tensor:
@@ -227,6 +238,7 @@ def color_steps(params: dict[str, Tensor]) -> list[ColorStep]:
         without images
     """
     factor = params["factor"][..., None, None, None]  # N x 4 x 1 x 1 x 1
+    threshold = params["solarize"][:, None, None, None]
     candidates = [
         (operation, params["order"][:, position] == i, factor[:, position])
         for position in range(4)
@@ -235,6 +247,7 @@ def color_steps(params: dict[str, Tensor]) -> list[ColorStep]:
     candidates += [
         (to_grayscale, params["gray"]),
         (gaussian_blur, params["sigma"] > 0, box_kernels(params["sigma"])),
+        (solarize, params["solarize"] < 256, threshold),
         (flip_horizontally, params["flip"]),
     ]
     steps = []

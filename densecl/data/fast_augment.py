@@ -297,6 +297,8 @@ def render_view(pixels: np.ndarray, view: ViewParams, size: int) -> np.ndarray:
         out = to_grayscale(out)
     if view.sigma:
         out = gaussian_blur(out, view.sigma)
+    if view.solarize is not None:
+        out = np.where(out < view.solarize, out, 255 - out)
     return cv2.flip(out, 1) if view.flip else out
 
 # %% ../../nbs/data/07_fast_augment.ipynb #c056

@@ -347,10 +347,17 @@ class _HelpFormatter(argparse.HelpFormatter):
     def _get_default_metavar_for_optional(self, action):
         return getattr(action.type, "__name__", "value").upper()
 
+    def _format_args(self, action, default_metavar):
+        if action.metavar == "float float":  # a range
+            return "MIN MAX"
+        return super()._format_args(action, default_metavar)
+
     def _get_help_string(self, action):
         text = action.help.replace(" (default: %(default)s)", "")
         if action.default in (None, "", False, argparse.SUPPRESS, []):
             return text
+        if isinstance(action.default, tuple):
+            return f"{text} [{' '.join(f'{x:.3g}' for x in action.default)}]"
         return f"{text} [%(default)s]"
 
 
