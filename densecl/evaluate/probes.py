@@ -182,7 +182,8 @@ PROBES = {
         run_keypoints,
     ),
     "segment": Probe(
-        "mean IoU of a linear layer and of nearest neighbors; VOC, COCO or Cityscapes",
+        "mean IoU of a linear layer and of nearest neighbors; VOC, COCO or Cityscapes; own classes "
+        "of a VOC tree are in classes.txt, one per line",
         open_masks,
         run_segment,
     ),
@@ -196,7 +197,11 @@ PROBES = {
         open_classes,
         run_linear,
     ),
-    "svm": Probe("mAP of one linear SVM per class; VOC", open_multi_classes, run_svm),
+    "svm": Probe(
+        "mAP of one linear SVM per class; VOC, own classes in classes.txt",
+        open_multi_classes,
+        run_svm,
+    ),
 }
 
 # %% ../../nbs/evaluate/07_probes.ipynb #c017

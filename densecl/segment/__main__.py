@@ -315,7 +315,8 @@ def batch_bytes(config: SegmentConfig) -> float:
 TASK = TransferTask(
     prog="densecl segment",
     description="Train an FCN from pre-trained weights and report mean IoU over several trials, "
-    "beside the paper's results.",
+    "beside the paper's results. Own images: VOC's layout, with the class names in classes.txt "
+    "beside JPEGImages, one per line, of value 0, 1, ...; --void names a void value besides 255.",
     default=SegmentConfig(out="runs/segment"),
     presets=PRESETS,
     paper=SegmentConfig(**PRESETS["voc"]),

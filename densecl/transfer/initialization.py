@@ -352,6 +352,7 @@ def check_run_folder(
             f"{weights.name} has now; {remedy}"
         )
     saved = {RENAMED_FIELDS.get(name, name): value for name, value in saved.items()}
+    saved = {field.name: field.default for field in fields(config)} | saved  # of older runs
     check_same_run(saved, asdict(config), CHANGEABLE_FIELDS, source)
     if data is not None:
         paths = (saved.get("data_root", ""), config.data_root)
