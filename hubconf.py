@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torchvision.models import ResNet
 
-dependencies = ["torch", "torchvision", "numpy", "simple_parsing"]
+dependencies = ["torch", "torchvision"]
 
 
 def _backbone(base: str, weights: str | None) -> ResNet:

@@ -268,6 +268,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> EncoderOutput:
         """Encode N x 3 x H x W normalized images."""
         f = self.backbone(images)  # N x C x h x w
+        self._check_features(f)
         q = l2_normalize(self.global_head(f.mean((2, 3))))  # N x dim
         if self.grid:
             f = F.adaptive_avg_pool2d(f, self.grid)  # N x C x S x S
@@ -275,3 +276,12 @@ class Encoder(nn.Module):
             return EncoderOutput(f.detach(), q)
         r = self.dense_head(f)  # N x dim x h x w
         return EncoderOutput(f.detach(), q, l2_normalize(r), l2_normalize(r.mean((2, 3))))
+
+    def _check_features(self, f: Tensor) -> None:
+        channels = self.global_head[0].in_features
+        shape = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
+        if not isinstance(f, Tensor) or f.dim() != 4 or f.shape[1] != channels:
+            raise ValueError(
+                f"the backbone returns {shape}; Encoder(backbone, channels={channels}) expects "
+                f"N x {channels} x h x w, without pooling and classifier"
+            )

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from .config import Config, upgrade_config, validate_config
 from .data.dataset import SubsetSource, TileSource
 from .data.lmdb import LmdbSource
-from .data.loader import build_views
+from .data.loader import build_views, check_views
 from .data.sources import FileSource, ImageSource, progress_bar
 from .runtime import checkpoint, distributed
 from .runtime.io import UsageError
@@ -280,7 +280,10 @@ def open_training_views(
     """
     with distributed.raise_on_all_ranks():
         validate_config(config, distributed.world_size(), need_data=views is None)
-        views = build_views(config) if views is None else views
+        if views is None:
+            views = build_views(config)
+        else:
+            check_views(views, config.seed)
         source = views
         while hasattr(source, "source") and not isinstance(source, SubsetSource):
             source = source.source  # of views, or of a source that decodes another one

@@ -319,9 +319,16 @@ def add_step(meter: Meter, out: dict[str, Any], batch: dict[str, Any]) -> None:
 
     Args:
         meter: changed in place
-        out: a result of `train_step`
+        out: a result of `train_step`; raises `UsageError` when it lacks a field
         batch: the batch of the step; without `affine_q`, matches are not counted
     """
+    required = ("loss", "loss_global", "q", "k", "f") + (("grid",) if "match" in out else ())
+    missing = [name for name in required if name not in out]
+    if missing:
+        raise UsageError(
+            f"{', '.join(missing)}: not in what the model returned ({', '.join(out)}); a model "
+            "returns a dict with " + ", ".join(required)
+        )
     parts = [out[name] for name in ("loss_global", "loss_dense") if name in out]
     images = len(batch["im_q"]) * distributed.world_size()
     meter.add(out["loss"], out["grad_norm"], parts, images)

@@ -2,10 +2,16 @@
 
 import collections
 import dataclasses
+import hashlib
+import http.server
 import io
 import json
 import pickle
+import subprocess
+import sys
+import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +19,21 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset, IterableDataset
 
 from densecl import doctor
+from densecl.encoder import Encoder
 from densecl.evaluate.__main__ import main as run_evaluate
 from densecl.evaluate.features import load_network
 from densecl.evaluate.stereo import open_stereo_pair, stereo_probe
 from densecl.runtime.io import UsageError, run_command
-from densecl.weights import backbone_state_dict, find_state_dict, formats
+from densecl.runtime.metrics import Meter
+from densecl.trainer import add_step, train
+from densecl.weights import backbone_state_dict, find_state_dict, formats, hub
 from densecl.weights.__main__ import main
 from tiny import TINY
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -355,3 +367,128 @@ def test_stereo_says_when_the_same_place_is_correct(size, coarse, capsys):
     rows = stereo_probe(encoder, pair, size)
     note = capsys.readouterr().err
     assert (rows["same_place"]["plain"] > 0.8) == coarse == ("give a larger --image-size" in note)
+
+
+# ---- downloads
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A local HTTP server: (its URL, its folder, the list of the requests)."""
+    (tmp_path / "site").mkdir()
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(tmp_path / "site"))
+
+        def log_message(self, *arguments):
+            requests.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{site.server_address[1]}", tmp_path / "site", requests
+        site.shutdown()
+
+
+def test_a_download_is_checked_where_the_hash_is_known(server, tmp_path):
+    url, site, _ = server
+    content = b"weights" * 1000
+    digest = hashlib.sha256(content).hexdigest()
+    for name in ("a.pth", f"b-{digest[:8]}.pth", "c-00000000.pth"):
+        (site / name).write_bytes(content)
+    cache = tmp_path / "cache"
+    assert hub.fetch(f"{url}/a.pth", cache / "a.pth", digest).read_bytes() == content
+    assert hub.fetch(f"{url}/b-{digest[:8]}.pth", cache / f"b-{digest[:8]}.pth").is_file()
+    assert len(list(cache.iterdir())) == 2
+    with pytest.raises(UsageError, match="not with 00000000: truncated or another file"):
+        hub.fetch(f"{url}/c-00000000.pth", cache / "c-00000000.pth")
+    with pytest.raises(UsageError, match="cannot be fetched .*not found"):
+        hub.fetch(f"{url}/d.pth", cache / "d.pth")
+    (cache / "e.pth.sha256").write_text(f"{'1' * 64}  e.pth")
+    with pytest.raises(UsageError, match="not with 1111"):
+        hub.fetch(f"{url}/a.pth", cache / "e.pth")
+    (cache / "a.pth").write_bytes(content[:-1])  # a copy that was interrupted
+    with pytest.raises(UsageError, match="delete it and get it again"):
+        hub.fetch(f"{url}/a.pth", cache / "a.pth", digest)
+    kept = {path.name for path in cache.iterdir()}  # nothing wrong, no temporary file
+    assert kept == {"a.pth", f"b-{digest[:8]}.pth", "e.pth.sha256"}
+
+
+def test_processes_that_begin_together_download_once(server, tmp_path):
+    url, site, requests = server
+    (site / "a.pth").write_bytes(bytes(10**6))
+    program = """import sys
+from pathlib import Path
+from densecl.weights.hub import fetch
+print(fetch(sys.argv[1], Path(sys.argv[2])).stat().st_size)"""
+    command = [sys.executable, "-c", program, f"{url}/a.pth", str(tmp_path / "cache" / "a.pth")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]
+    assert [int(process.communicate()[0]) for process in processes] == [10**6] * 3
+    assert requests == ["/a.pth"]
+
+
+def test_torch_hub_needs_torch_and_torchvision_only(resnet, tmp_path):
+    net = torchvision.models.resnet50()
+    torch.save(net.state_dict(), tmp_path / "a.pth")
+    program = """import sys
+for name in ("simple_parsing", "tqdm", "matplotlib", "lmdb", "cv2", "skimage", "simplejpeg",
+             "tensorboard", "safetensors"):
+    sys.modules[name] = None  # an import of it is an error
+import hubconf
+assert hubconf.dependencies == ["torch", "torchvision"]
+print(type(hubconf.densecl_resnet50(sys.argv[1])).__name__)"""
+    command = [sys.executable, "-c", program, str(tmp_path / "a.pth")]
+    got = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert got.stdout == "ResNet\n", got.stderr
+
+
+# ---- data sets and models of one's own
+
+
+class Items(Dataset):
+    """A dataset whose items are all the same."""
+
+    def __init__(self, item):
+        self.item = item
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return self.item
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(3, 32, 32), torch.zeros(3, 32, 32)
+
+
+VIEW = torch.zeros(3, 32, 32)
+VIEWS = {
+    "a raw data set": (Items({"image": VIEW, "label": 3}), "a dict of image, label"),
+    "one view": (Items(VIEW), "the first item is a Tensor"),
+    "images of Pillow": (Items((Image.new("RGB", (32, 32)), 0)), "no pair of tensors"),
+    "other shapes": (Items((VIEW, VIEW[:, :9])), r"\[3, 32, 32\] and \[3, 9, 32\]"),
+    "iterable": (Stream(), "a Stream has no len"),
+    "a generator": ((pair for pair in [(VIEW, VIEW)]), "a generator has no len"),
+}
+
+
+@pytest.mark.parametrize("what", VIEWS)
+def test_views_that_are_no_pairs_end_in_one_line_and_write_nothing(what, tmp_path):
+    views, words = VIEWS[what]
+    with pytest.raises(UsageError, match=words) as e:
+        train(dataclasses.replace(TINY, out=str(tmp_path / "run")), views)
+    assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
+
+
+def test_a_model_that_returns_too_little_and_a_backbone_of_another_shape_are_named():
+    with pytest.raises(
+        UsageError, match=r"q, k, f: not in what the model returned \(loss, loss_gl"
+    ):
+        add_step(Meter(), {"loss": torch.ones(()), "loss_global": torch.ones(())}, {})
+    pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for backbone in (pooled, nn.Conv2d(3, 9, 3), nn.Sequential()):
+        with pytest.raises(ValueError, match="expects N x 8 x h x w"):
+            Encoder(backbone, 8, hidden=4, dim=4)(torch.zeros(2, 3, 16, 16))

@@ -24,14 +24,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
-from simple_parsing import ArgumentParser, flag
-from simple_parsing.wrappers.field_wrapper import DashVariant
-from tqdm import tqdm
-
 try:
     import fcntl
 except ModuleNotFoundError:  # Windows
     fcntl = None
+try:
+    from simple_parsing import ArgumentParser, flag
+    from simple_parsing.wrappers.field_wrapper import DashVariant
+except ModuleNotFoundError:  # torch.hub loads weights without the options of the commands
+    ArgumentParser, DashVariant, flag = argparse.ArgumentParser, None, None
 
 # %% ../../nbs/runtime/00_io.ipynb #c008
 # what a network file system answers to a call that it does not have
@@ -48,7 +49,12 @@ def warn_once(text: str, key: str = "") -> None:
     """
     if (key or text) not in WARNED:
         WARNED.add(key or text)
-        tqdm.write(f"warning: {text}", file=sys.stderr)
+        try:
+            from tqdm import tqdm
+        except ModuleNotFoundError:
+            print(f"warning: {text}", file=sys.stderr)
+        else:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def sync_to_disk(handle: int, path: Path | str) -> None:
@@ -422,7 +428,7 @@ class Parser(ArgumentParser):
 # %% ../../nbs/runtime/00_io.ipynb #c036
 def switch(default: bool) -> bool:
     """A boolean field of a config: the options `--name` and `--no-name`."""
-    return flag(default, negative_prefix="--no-")
+    return flag(default, negative_prefix="--no-") if flag else default
 
 
 def add_config(parser: Parser, default: Any) -> None:

@@ -5,15 +5,27 @@
 # %% ../../nbs/weights/02_hub.ipynb #c002
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 from ..runtime.io import UsageError
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
 # %% auto #0
-__all__ = ['released', 'DOWNLOAD_TIMEOUT', 'ReleasedCheckpoint', 'resolve_name', 'cached_path', 'download', 'supervised_path']
+__all__ = ['released', 'DOWNLOAD_TIMEOUT', 'ReleasedCheckpoint', 'resolve_name', 'cached_path', 'file_hash', 'known_hash',
+           'fetch', 'download', 'supervised_path']
 
 # %% ../../nbs/weights/02_hub.ipynb #c005
 class ReleasedCheckpoint(NamedTuple):
@@ -92,35 +104,116 @@ def cached_path(name: str) -> Path:
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 
 
-def download(name: str) -> Path:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal digits.
+
+    Args:
+        path: an existing file
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def known_hash(path: Path, sha256: str = "") -> str:
+    """The beginning of a file's SHA-256, at least 8 digits, where it is known; else "".
+
+    Args:
+        path: of the file; `name-0123abcd.pth` contains it, as torch.hub's names do, and so does
+            `name.pth.sha256` beside it
+        sha256: the hash, if the caller knows it
+    """
+    beside = path.with_name(f"{path.name}.sha256")
+    lines = beside.read_text(errors="replace").split() if beside.is_file() else []
+    found = sha256 or next((w for w in lines if re.fullmatch(r"[0-9a-fA-F]{64}", w)), "")
+    in_name = re.search(r"-([0-9a-f]{8,64})\.[^.]+$", path.name)
+    return (found or (in_name[1] if in_name else "")).lower()
+
+
+def _check_hash(file: Path, expected: str, name: str) -> None:
+    """Raise `UsageError` unless the hash of `file` begins with `expected`."""
+    found = file_hash(file) if expected else ""
+    if not found.startswith(expected):
+        raise UsageError(
+            f"{name}: its SHA-256 begins with {found[: max(8, len(expected))]}, not with "
+            f"{expected}: truncated or another file; delete it and get it again"
+        )
+
+# %% ../../nbs/weights/02_hub.ipynb #c016l
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process at a time into the block; without effect where folders cannot be locked."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _download_to(url: str, path: Path) -> None:
+    """Download under the name `path`, with a time limit for each answer."""
+    import torch
+
+    timeout = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+# %% ../../nbs/weights/02_hub.ipynb #c016f
+def fetch(url: str, path: Path, sha256: str = "", name: str = "") -> Path:
+    """Download a file unless it is there, and return its path: complete and checked, or not at all.
+
+    One process at a time downloads; the others wait and find the file.
+
+    Args:
+        url: address of the file
+        path: where it is stored
+        sha256: its hash; "": see `known_hash`
+        name: for messages; "": the file's
+
+    Raises:
+        UsageError: the file cannot be downloaded, or has another hash
+    """
+    expected = known_hash(path, sha256)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(path.parent):
+            if path.is_file():
+                _check_hash(path, expected, str(path))
+                return path
+            _download_to(url, temporary)
+            _check_hash(temporary, expected, url)
+            os.replace(temporary, path)
+    except (OSError, ValueError, HTTPException) as e:  # URLError is an OSError
+        reason = (str(getattr(e, "reason", None) or e) or type(e).__name__).splitlines()[0]
+        raise UsageError(
+            f"{name or path.name}: not in torch.hub's cache, and {url} cannot be fetched "
+            f"({reason}); fetch it elsewhere and put it at {path}"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def download(name: str, sha256: str = "") -> Path:
     """Download a released file into torch.hub's cache, unless it is there, and return its path.
 
     Args:
         name: a key of `released`
+        sha256: hash of the file; "": see `known_hash`
 
     Raises:
-        UsageError: the file cannot be downloaded
+        UsageError: the file cannot be downloaded, or has another hash
     """
-    import torch
-
-    path = cached_path(name)
-    if path.is_file():
-        return path
-    url = released[name].url
-    timeout = socket.getdefaulttimeout()
-    try:
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-    except (OSError, ValueError) as e:  # URLError is an OSError
-        reason = str(getattr(e, "reason", None) or e).splitlines()[0]
-        raise UsageError(
-            f"{name}: not in torch.hub's cache, and {url} cannot be fetched ({reason}); "
-            f"fetch it elsewhere and put it at {path}"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return path
+    return fetch(released[name].url, cached_path(name), sha256, name)
 
 # %% ../../nbs/weights/02_hub.ipynb #c018
 def supervised_path(backbone: str) -> Path | None:
