@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from .config import Config, upgrade_config, validate_config
 from .data.dataset import SubsetSource, TileSource
 from .data.lmdb import LmdbSource
-from .data.loader import build_views, check_views
+from .data.loader import build_views
 from .data.sources import FileSource, ImageSource, progress_bar
 from .runtime import checkpoint, distributed
 from .runtime.io import UsageError
@@ -276,14 +276,12 @@ def open_training_views(
     Args:
         config: the config of the run; raises `UsageError` on all ranks when it is wrong or the
             data cannot be opened on one of them
-        views: dataset of view pairs; None: two views of the images of config.data_root
+        views: dataset of images or view pairs, see `build_views`; None: the images of
+            config.data_root
     """
     with distributed.raise_on_all_ranks():
         validate_config(config, distributed.world_size(), need_data=views is None)
-        if views is None:
-            views = build_views(config)
-        else:
-            check_views(views, config.seed)
+        views = build_views(config, views)
         source = views
         while hasattr(source, "source") and not isinstance(source, SubsetSource):
             source = source.source  # of views, or of a source that decodes another one

@@ -466,9 +466,9 @@ class Stream(IterableDataset):
 
 VIEW = torch.zeros(3, 32, 32)
 VIEWS = {
-    "a raw data set": (Items({"image": VIEW, "label": 3}), "a dict of image, label"),
-    "one view": (Items(VIEW), "the first item is a Tensor"),
-    "images of Pillow": (Items((Image.new("RGB", (32, 32)), 0)), "no pair of tensors"),
+    "a dict without an image": (Items({"name": "a.jpg", "label": 3}), "dict is no image"),
+    "one view, normalized": (Items(VIEW - 1), "from -1 to -1; expected floats from 0 to 1"),
+    "paths": (Items(("a.jpg", 0)), "tuple is no image"),
     "other shapes": (Items((VIEW, VIEW[:, :9])), r"\[3, 32, 32\] and \[3, 9, 32\]"),
     "iterable": (Stream(), "a Stream has no len"),
     "a generator": ((pair for pair in [(VIEW, VIEW)]), "a generator has no len"),
