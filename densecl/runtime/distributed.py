@@ -260,7 +260,9 @@ MESSAGE_BYTES = 1000
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise a `UsageError` of one rank on all ranks, with the same message after its number.
+    """Raise a `UsageError` of one rank on all ranks, with the same message.
+
+    Where rank 0 has none, the message begins with the number of the rank.
 
     A collective: all ranks must enter it. A `RunError` has its message on its own rank only.
     """
@@ -272,14 +274,15 @@ def raise_on_all_ranks() -> Iterator[None]:
     text = f"{error.status} {error}" if error else ""
     message = bytearray(text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES))
     messages = all_gather(torch.frombuffer(message, dtype=torch.uint8)[None])  # R x 1000
-    if error:
+    texts = [bytes(row).decode(errors="ignore").strip() for row in messages.tolist()]
+    failed = [number for number, text in enumerate(texts) if text]
+    if error and (failed[0] == 0 or isinstance(error, RunError)):
         raise error
-    for rank_of_row, row in enumerate(messages.tolist()):
-        status, _, text = bytes(row).decode(errors="ignore").strip().partition(" ")
+    for number in failed[:1]:
+        status, _, text = texts[number].partition(" ")
         if status == "1":
             raise RunError("")
-        if status:
-            raise UsageError(f"rank {rank_of_row}: {text}")
+        raise UsageError(f"rank {number}: {text}" if number else text)
 
 
 def raise_together(error: UsageError | None, device: str, timeout: float) -> None:
@@ -299,7 +302,7 @@ def raise_together(error: UsageError | None, device: str, timeout: float) -> Non
                 raise error
     except UsageError as e:
         shutdown()
-        raise (error or e) from None
+        raise e from None
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c029
 def rank_order_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
