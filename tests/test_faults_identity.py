@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import socket
+import tarfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -375,3 +376,18 @@ def test_ranks_that_differ_end_with_one_line_that_names_them(two, job, words):
     assert (first, second) == (2, 2), two[job]
     assert_refused(first, text, *words)
     assert "trial 0" in words or "step" not in text.replace("each step", "")
+
+
+def test_the_index_of_a_shard_is_not_that_of_another_one_of_the_same_size_and_time(monkeypatch):
+    """As of archives that were made with a fixed modification time, or copied with it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    for name in ("one", "two"):
+        with tarfile.open(f"{name}.tar", "w") as tar:
+            info = tarfile.TarInfo(f"{name}.jpg")
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+        os.utime(f"{name}.tar", (1, 1))
+    os.rename("one.tar", "set.tar")
+    assert open_source("set.tar").name(0) == "set.tar/one.jpg"
+    os.replace("two.tar", "set.tar")
+    assert open_source("set.tar").name(0) == "set.tar/two.jpg"

@@ -21,6 +21,7 @@ from densecl.data.sources import (
     ImageSource,
     PackedStrings,
     cache_path,
+    file_stamp,
     is_image_file,
     load_cache,
     progress_bar,
@@ -138,7 +139,7 @@ def cached_shard_index(path: Path | str) -> ShardIndex:
         path: a tar archive
     """
     info = os.stat(path)
-    cache, stamp = cache_path("shard1", path), np.array([info.st_size, info.st_mtime_ns])
+    cache, stamp = cache_path("shard1", path), file_stamp(info)
 
     def is_valid(arrays: dict[str, np.ndarray]) -> bool:
         return np.array_equal(arrays["stamp"], stamp) and bool(index_from_arrays(arrays))

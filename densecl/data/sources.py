@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VOC_FOLDERS', 'WARNINGS', 'ImageSource', 'PackedStrings', 'FileSource', 'read_folder', 'walk_folders', 'DelayedBar',
-           'progress_bar', 'warn_once', 'report_broken_links', 'scan_folder', 'cache_path', 'save_cache', 'load_cache',
-           'folder_mtimes', 'list_images', 'folder_source', 'list_source', 'require_files', 'coco_file_names',
-           'coco_source']
+           'progress_bar', 'warn_once', 'report_broken_links', 'scan_folder', 'cache_path', 'file_stamp', 'save_cache',
+           'load_cache', 'folder_mtimes', 'list_images', 'folder_source', 'list_source', 'require_files',
+           'coco_file_names', 'coco_source']
 
 # %% ../../nbs/data/01_sources.ipynb #c004
 import hashlib
@@ -377,6 +377,15 @@ def cache_path(kind: str, path: Path | str) -> Path:
     return Path(home) / "densecl" / f"{kind}-{digest[:16]}.npz"
 
 
+def file_stamp(info: os.stat_result) -> np.ndarray:
+    """Size, modification time and change time of a file: int64, another one once it is replaced.
+
+    Args:
+        info: result of `os.stat`; the change time is set by the system, the other ones by copies
+    """
+    return np.array([info.st_size, info.st_mtime_ns, info.st_ctime_ns], np.int64)
+
+
 def save_cache(path: Path, **arrays: np.ndarray) -> None:
     """Write a cache file; do nothing if that is impossible.
 
@@ -515,7 +524,7 @@ def coco_file_names(path: Path) -> PackedStrings:
         path: a COCO json file
     """
     info = os.stat(path)
-    cache, stamp = cache_path("coco1", path), np.array([info.st_size, info.st_mtime_ns])
+    cache, stamp = cache_path("coco1", path), file_stamp(info)
 
     def is_valid(arrays: dict[str, np.ndarray]) -> bool:
         unchanged = np.array_equal(arrays["stamp"], stamp)
