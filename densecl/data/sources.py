@@ -487,7 +487,10 @@ def list_source(path: Path | str) -> FileSource:
             the text after a name is its label
     """
     path = Path(path)
-    lines = [line for line in read_lines(path) if line]
+    try:
+        lines = [line for line in read_lines(path) if line]
+    except UsageError as e:
+        raise UsageError(f"--data-root {e}") from None
     names = [parse_list_line(line, path.parent) for line in lines]
     if not names:
         raise UsageError(f"--data-root {path}: an empty list; it needs one image name per line")
