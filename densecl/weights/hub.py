@@ -126,7 +126,7 @@ def known_hash(path: Path, sha256: str = "") -> str:
         sha256: the hash, if the caller knows it
     """
     beside = path.with_name(f"{path.name}.sha256")
-    lines = beside.read_text("utf-8", "replace").split() if beside.is_file() else []
+    lines = beside.read_text(encoding="utf-8", errors="replace").split() if beside.is_file() else []
     found = sha256 or next((w for w in lines if re.fullmatch(r"[0-9a-fA-F]{64}", w)), "")
     in_name = re.search(r"-([0-9a-f]{8,64})\.[^.]+$", path.name)
     return (found or (in_name[1] if in_name else "")).lower()
