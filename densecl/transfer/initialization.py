@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['RENAMED_FIELDS', 'RENAMED_OPTIONS', 'STAGES', 'CHANGEABLE_FIELDS', 'TransferConfig', 'transfer_parser',
-           'parse_transfer', 'validate_transfer', 'InitialWeights', 'file_sha256', 'resolve_weights',
-           'resolve_all_weights', 'build_resnet', 'convert_sync_bn', 'wrap_ddp', 'read_json', 'check_run_folder']
+           'parse_transfer', 'validate_transfer', 'InitialWeights', 'resolve_weights', 'resolve_all_weights',
+           'build_resnet', 'convert_sync_bn', 'wrap_ddp', 'read_json', 'check_run_folder']
 
 # %% ../../nbs/transfer/00_initialization.ipynb #c002
-import hashlib
 import json
 import os
 from argparse import Namespace
@@ -37,6 +36,7 @@ from densecl.runtime.io import (
     switch,
 )
 from ..weights import backbone_state_dict, resolve_path
+from ..weights.hub import file_hash
 from ..weights.initial import find_supervised
 
 # %% ../../nbs/transfer/00_initialization.ipynb #c005
@@ -199,19 +199,6 @@ class InitialWeights(NamedTuple):
     sha256: str | None = None
     random_stages: tuple[str, ...] = ()
 
-
-def file_sha256(path: Path | str) -> str:
-    """SHA-256 of a file, in hexadecimal digits.
-
-    Args:
-        path: an existing file
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
 # %% ../../nbs/transfer/00_initialization.ipynb #c020
 def _find_weights(name: str, backbone: str) -> Path | str:
     """Path of the file that `name` means; raises `UsageError` when it is not there."""
@@ -246,7 +233,7 @@ def resolve_weights(name: Path | str, backbone: str = "", partial: bool = False)
             f"--weights {one_line(name)}: a {base} that ends after {last}; "
             f"with --partial the rest is initialized randomly: {', '.join(random_stages)}"
         )
-    return InitialWeights(str(name), base, state_dict, file_sha256(path), random_stages)
+    return InitialWeights(str(name), base, state_dict, file_hash(path), random_stages)
 
 # %% ../../nbs/transfer/00_initialization.ipynb #c023
 def resolve_all_weights(
