@@ -251,6 +251,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.channels = channels
         self.grid = grid
         self.dim = dim
         self.global_head = nn.Sequential(
@@ -278,7 +279,7 @@ class Encoder(nn.Module):
         return EncoderOutput(f.detach(), q, l2_normalize(r), l2_normalize(r.mean((2, 3))))
 
     def _check_features(self, f: Tensor) -> None:
-        channels = self.global_head[0].in_features
+        channels = self.channels
         shape = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
         if not isinstance(f, Tensor) or f.dim() != 4 or f.shape[1] != channels:
             raise ValueError(
