@@ -159,7 +159,10 @@ def test_wrong_input_is_one_line_and_status_2_and_never_loads_torch(
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(place, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launch = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}
+    launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
     status, text = status_and_text(capsys, "demo", "--batch-size", "32")
     assert status == 2
     one_line_that_names(text, "--batch-size 32", "3 processes")

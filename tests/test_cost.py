@@ -61,7 +61,7 @@ def test_a_dry_run_counts_and_measures_and_writes_nothing(folder, world_size):
             ["--keep-checkpoints", "1000000000"],
             ["--out out", "1000000001 checkpoints", "a lower --keep-checkpoints"],
         ),
-        (["--workers", "2000000000"], ["--workers 2000000000", "/dev/shm", "--shm-size"]),
+        (["--workers", "2000000000"], ["--workers 2000000000", "fewer --workers"]),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_step(folder, options, words):
