@@ -339,7 +339,10 @@ def test_a_loss_that_is_not_finite_is_drawn_and_reported(tmp_path, capsys):
 # ---- probes
 
 
-def test_match_on_a_grid_without_moved_points_is_strict_json_and_says_so(tmp_path, capsys):
+def test_match_on_a_grid_without_moved_points_is_strict_json_and_says_so(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))  # no supervised weights
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), "uint8"))
     photo.save(tmp_path / "a.png")
     main(["extract", str(weights_file(tmp_path)), str(tmp_path / "b.pth")])

@@ -9,7 +9,6 @@ __all__ = ['RENAMED_FIELDS', 'RENAMED_OPTIONS', 'STAGES', 'CHANGEABLE_FIELDS', '
 
 # %% ../../nbs/transfer/00_initialization.ipynb #c002
 import json
-import os
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
