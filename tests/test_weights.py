@@ -543,7 +543,6 @@ def source(tmp_path, monkeypatch):
     """A local folder in place of the authors' site, and an empty cache."""
     monkeypatch.setattr(torch.hub, "_hub_dir", None, raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)  # it has precedence over TORCH_HOME
     (tmp_path / "site").mkdir()
     for name, checkpoint in hub.released.items():
         monkeypatch.setitem(
