@@ -29,8 +29,10 @@ from densecl.evaluate.stereo import open_stereo_pair, stereo_probe
 from densecl.runtime.io import UsageError, run_command
 from densecl.runtime.metrics import Meter
 from densecl.trainer import add_step, train
+from densecl.transfer.initialization import resolve_weights
 from densecl.weights import backbone_state_dict, find_state_dict, formats, hub
 from densecl.weights.__main__ import main
+from densecl.weights.initial import load_initial_
 from tiny import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -495,3 +497,19 @@ def test_a_model_that_returns_too_little_and_a_backbone_of_another_shape_are_nam
     for backbone in (pooled, nn.Conv2d(3, 9, 3), nn.Sequential()):
         with pytest.raises(ValueError, match="expects N x 8 x h x w"):
             Encoder(backbone, 8, hidden=4, dim=4)(torch.zeros(2, 3, 16, 16))
+
+
+def test_a_word_for_weights_does_not_shadow_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in ("random", "supervised", "timm-pretrained"):
+        Path(word).write_bytes(b"weights")
+    calls = [
+        (load_network, "random"),
+        (resolve_weights, "random"),
+        (resolve_weights, "supervised"),
+        (load_initial_, nn.Conv2d(3, 8, 1), "resnet18", "supervised"),
+        (load_initial_, nn.Conv2d(3, 8, 1), "timm:convnext_atto", "timm-pretrained"),
+    ]
+    for function, *args in calls:
+        with pytest.raises(UsageError, match=rf"two meanings; give \./{args[-1]}"):
+            function(*args)

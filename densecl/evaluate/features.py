@@ -25,7 +25,7 @@ from ..data.dataset import HELD_OUT_PHOTOS, TileSource, open_source
 from ..data.lists import find_voc_root, voc_images
 from ..data.sources import FileSource, ImageSource
 from ..encoder import Encoder, EncoderOutput, build_backbone
-from ..runtime.io import UsageError
+from ..runtime.io import UsageError, refuse_shadowed_word
 from ..weights.hub import supervised_path
 
 # %% ../../nbs/evaluate/00_features.ipynb #c005
@@ -209,6 +209,7 @@ def load_network(
         head when the file contains a backbone only
     """
     if path == "random":
+        refuse_shadowed_word(path, "--weights")
         config = Config(backbone=backbone, seed=seed)
         return config, untrained_like(config)
     config = read_config(path)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNSUPPORTED', 'WARNED', 'MACHINE_ERRORS', 'warn_once', 'sync_to_disk', 'fsync_folder', 'atomic_write', 'parse_row',
            'read_log', 'UsageError', 'RunError', 'RunStopped', 'Launch', 'launch', 'machine_error', 'run_command',
-           'note_once', 'chapter_file', 'did_you_mean', 'Parser', 'switch', 'add_config', 'option_name', 'lock_folder',
-           'check_output_folder', 'strict_json']
+           'note_once', 'refuse_shadowed_word', 'chapter_file', 'did_you_mean', 'Parser', 'switch', 'add_config',
+           'option_name', 'lock_folder', 'check_output_folder', 'strict_json']
 
 # %% ../../nbs/runtime/00_io.ipynb #c002
 import argparse
@@ -313,6 +313,20 @@ def note_once(text: str) -> None:
     if first and text not in _noted:
         print(f"densecl: {text}", file=sys.stderr)
     _noted.add(text)
+
+
+def refuse_shadowed_word(word: Path | str, option: str) -> None:
+    """Raise `UsageError` if a word with a meaning of its own is also the name of a file here.
+
+    Args:
+        word: such as "random" or "supervised"
+        option: the option that named it, for the message
+    """
+    if not isinstance(word, Path) and os.path.lexists(word):
+        raise UsageError(
+            f"{option} {word}: a name with two meanings; give ./{word} for the file that is here, "
+            "or rename the file"
+        )
 
 # %% ../../nbs/runtime/00_io.ipynb #c025w
 def chapter_file(name: str) -> Path:

@@ -32,6 +32,7 @@ from densecl.runtime.io import (
     check_output_folder,
     did_you_mean,
     option_name,
+    refuse_shadowed_word,
     switch,
 )
 from ..weights import backbone_state_dict, resolve_path
@@ -216,6 +217,8 @@ def resolve_weights(name: Path | str, backbone: str = "", partial: bool = False)
         backbone: the expected backbone; empty: that of the file, or resnet50
         partial: accept a file that ends after a stage
     """
+    if name in ("random", "supervised"):
+        refuse_shadowed_word(name, "--weights")
     if name == "random":
         return InitialWeights(name, backbone or "resnet50")
     path = _find_weights(name, backbone or "resnet50")

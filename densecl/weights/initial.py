@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import TimmBackbone
-from ..runtime.io import UsageError
+from ..runtime.io import UsageError, refuse_shadowed_word
 from . import backbone_state_dict, find_state_dict, formats, resolve_path
 from .hub import supervised_path
 
@@ -131,6 +131,8 @@ def load_initial_(backbone: nn.Module, name: str, init: str) -> None:
     """
     if not init:
         return
+    if init in ("supervised", "timm-pretrained"):
+        refuse_shadowed_word(init, "--init")
     if init == "timm-pretrained" and not name.startswith("timm:"):
         raise UsageError(f"--init {init}: goes with --backbone timm:NAME, not with {name}")
     if init == "supervised" and ":" in name:
