@@ -81,6 +81,8 @@ def smoke(folder, **environment):
     """What `full.sh smoke` prints."""
     script = Path(__file__).parents[1] / "benchmarks/full.sh"
     environment |= os.environ | {"OUT": str(folder), "OMP_NUM_THREADS": "1"}
+    tools = Path(sys.executable).parent  # python and torchrun of this environment
+    environment["PATH"] = f"{tools}{os.pathsep}{environment['PATH']}"
     command = ["bash", str(script), "smoke"]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=600, check=True
