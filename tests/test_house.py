@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import importlib
 import inspect
 import io
@@ -87,6 +88,7 @@ def layer(name):
     return next(i for i, names in enumerate(LAYERS) if name.split(".")[0] in names)
 
 
+@functools.cache
 def graph():
     return {
         name: {m for m in imported(path) if m in SOURCES and m != name}
