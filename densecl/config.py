@@ -86,10 +86,16 @@ class Config:
     plain: no shuffle; sync: SyncBN, CUDA only"""
     lr: float = 0.3
     """initial learning rate; 0.3 on COCO, 0.03 on ImageNet, for 256 images per step"""
+    lr_warmup_epochs: int = 0
+    """epochs in which the learning rate rises linearly, step by step, to lr"""
+    schedule: Literal["epoch", "step"] = "epoch"
+    """the cosine of the learning rate falls once per epoch, the paper; or with every step"""
+    optimizer: Literal["sgd", "adamw", "lars"] = "sgd"
+    """sgd, the paper; adamw; lars, for large batches"""
     sgd_momentum: float = 0.9
-    """momentum of SGD"""
+    """momentum of SGD and LARS"""
     weight_decay: float = 1e-4
-    """on all parameters, batch norm and biases too"""
+    """with sgd on all parameters, the paper; with adamw and lars not on biases and batch norm"""
     cache_dir: str = ""
     """folder of a local cache of remote images; empty: none"""
     cache_gb: float = 50
@@ -166,14 +172,22 @@ class Config:
     """steps between probes; 0: only at the start and at the end"""
 
 # %% ../nbs/08_config.ipynb #c013
-def learning_rate(config: Config, epoch: int) -> float:
-    """Learning rate of an epoch: cosine to 0 by epoch without warm-up, as the authors' recipes.
+def learning_rate(config: Config, step: int, steps_per_epoch: int = 1) -> float:
+    """Learning rate of a step: linear warm-up, then cosine to 0.
+
+    The default is that of the authors' recipes: by epoch and without warm-up.
 
     Args:
-        config: its `lr` and `epochs` are used
-        epoch: from 0
+        config: its `lr`, `epochs`, `lr_warmup_epochs` and `schedule` are used
+        step: steps done, from 0
+        steps_per_epoch: number of steps per epoch; 1: `step` counts epochs
     """
-    return config.lr / 2 * (1 + math.cos(math.pi * epoch / config.epochs))
+    warmup = config.lr_warmup_epochs
+    if step < warmup * steps_per_epoch:
+        return config.lr * (step + 1) / (warmup * steps_per_epoch)
+    by_step = config.schedule == "step"
+    epoch = step / steps_per_epoch if by_step else step // steps_per_epoch
+    return config.lr / 2 * (1 + math.cos(math.pi * (epoch - warmup) / (config.epochs - warmup)))
 
 # %% ../nbs/08_config.ipynb #c016
 def cpu_has_bf16() -> bool:
@@ -378,6 +392,10 @@ def validate_config(config: Config, world_size: int = 1, need_data: bool = False
         raise UsageError(
             f"{_option(config, 'batch_size')}: must be a multiple of the {world_size} processes, "
             f"such as {fits}"
+        )
+    if config.lr_warmup_epochs >= config.epochs:
+        raise UsageError(
+            f"{_option(config, 'lr_warmup_epochs')}: must be less than --epochs {config.epochs}"
         )
     _check_grid(config)
     for f in fields(config):

@@ -183,6 +183,7 @@ def estimate_sizes(config: Config, world_size: int = 1) -> dict[str, int]:
     with torch.no_grad():
         key = model.encoder_k(images)
     parameters = sum(p.numel() for p in model.encoder_q.parameters())
+    moments = 2 if config.optimizer == "adamw" else 1
     positions = 0 if key.dense is None else key.dense[0, 0].numel()  # hw
     queues = [x for name, x in model.named_buffers() if name.startswith("queue")]
     views = 2 * images.numel() * (4 if config.augment == "reference" else 1)
@@ -190,8 +191,8 @@ def estimate_sizes(config: Config, world_size: int = 1) -> dict[str, int]:
     return {
         "parameters": parameters,
         "queues": sum(x.nbytes for x in queues),
-        # with SGD's momentum
-        "checkpoint": sum(x.nbytes for x in model.state_dict().values()) + 4 * parameters,
+        # with the optimizer's moments: one of SGD and LARS, two of AdamW
+        "checkpoint": sum(x.nbytes for x in model.state_dict().values()) + moments * 4 * parameters,
         "logits": logits if config.loss == "chunked" else 0,
         "views": views,
         "keys": round(sent * _shuffled_bytes(config, model, images, key)),

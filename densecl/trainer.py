@@ -32,6 +32,7 @@ from .encoder import Encoder, build_backbone
 from .evaluate.correspondence import batch_figure, match_figure, probe_views
 from .evaluate.probes import format_line, open_views, run_probe
 from .model import DenseCL, MoCo
+from .optimizers import build_optimizer, create_momentum_, load_optimizer_
 from .resume import find_checkpoint, open_training_views
 from .runtime import distributed
 from .runtime.checkpoint import RunWriter
@@ -99,14 +100,10 @@ class TrainState:
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        options = {"momentum": config.sgd_momentum, "weight_decay": config.weight_decay}
-        # fused: one pass over the memory
-        self.optimizer = torch.optim.SGD(parameters, config.lr, fused=True, **options)
+        self.optimizer = build_optimizer(config, parameters)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        if self.scaler.is_enabled() and config.sgd_momentum:
-            # a first step that the scaler skips would leave new buffers uninitialized
-            for p in parameters:
-                self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if self.scaler.is_enabled():
+            create_momentum_(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the state, without copies."""
@@ -128,11 +125,7 @@ class TrainState:
         self.step = saved["step"]
         self.saved_step = saved["step"]
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for parameter, values in self.optimizer.state.items():
-            buffer = values.get("momentum_buffer")
-            if buffer is not None:  # in its parameter's memory format, which may have changed
-                values["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
+        load_optimizer_(self.optimizer, saved["optimizer"])
         if saved["scaler"]:  # empty: it was saved with another --amp
             self.scaler.load_state_dict(saved["scaler"])
 
@@ -212,7 +205,7 @@ def set_schedules(state: TrainState, steps_per_epoch: int) -> None:
         steps_per_epoch: number of steps per epoch
     """
     config = state.config
-    lr = learning_rate(config, state.step // steps_per_epoch)
+    lr = learning_rate(config, state.step, steps_per_epoch)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     if isinstance(state.model, DenseCL):

@@ -28,7 +28,8 @@ NOTEBOOKS = sorted(
 # From the bottom to the top: a module may import modules of its own layer and of lower ones.
 LAYERS = [
     ["runtime"],
-    ["config", "augment", "encoder", "correspondence", "queue", "loss", "model", "variants"],
+    ["config", "augment", "encoder", "correspondence", "queue", "loss", "model", "variants"]
+    + ["optimizers", "hooks"],
     ["data"],
     ["weights"],
     ["visualize"],
