@@ -48,6 +48,7 @@ METHODS = {
     "agreed": "--match verified",
     "centred": "--match centered",
     "mutual": "--match mutual",
+    "sinkhorn": "--match sinkhorn",
     "handover": "--geometry-warmup {40%}",
     "warm-up": "--lambda-warmup {40%}",
     "own": "--negatives intra-image",
@@ -71,7 +72,7 @@ GROUPS = {
     "methods": ["untrained", "MoCo-v2", "DenseCL", "true"],
     "tuning": ["warm-up", "K 4096", "T 0.1"],
     "suspects": ["random", "own", "position", "reflect", "dense"],
-    "ahead": ["handover", "agreed", "mutual", "centred"],
+    "ahead": ["handover", "agreed", "mutual", "centred", "sinkhorn"],
     "ablations": ["lambda 0.1", "lambda 0.3", "lambda 0.7", "lambda 0.9", "grid 1", "grid 3"],
 }
 # options in rows from before they were renamed -> today's options

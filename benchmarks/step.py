@@ -39,7 +39,7 @@ PARTS = (
     *("query forward", "EMA", "key forward", "match", "losses", "queue"),
     *("backward", "optimizer", "other"),
 )
-MODEL_FUNCTIONS = {"best_match": "match", "gather_positions": "match", "info_nce": "losses"}
+MODEL_FUNCTIONS = {"positive_vectors": "match", "info_nce": "losses"}
 
 
 def momentum_update_in_loop(slow, fast, m):
@@ -143,6 +143,8 @@ class Variant:
         yield self.model.encoder_q, "forward", "query forward"
         yield self.model.encoder_k, "forward", "key forward"
         yield Queue, "enqueue", "queue"
+        if isinstance(self.model, DenseCL):
+            yield self.model, "assign_positives", "match"
         for name, part in MODEL_FUNCTIONS.items():
             yield densecl.model, name, part
         if self.reference:

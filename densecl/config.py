@@ -19,7 +19,9 @@ from typing import Any, Literal, get_args, get_origin
 from .runtime.io import UsageError, check_output_folder, option_name, switch
 
 # %% ../nbs/08_config.ipynb #c005
-Match = Literal["backbone", "centered", "dense", "random", "geometry", "verified", "mutual"]
+Match = Literal[
+    "backbone", "centered", "dense", "random", "geometry", "verified", "mutual", "sinkhorn"
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Config:
     """how positives are assigned. backbone: most similar backbone feature, the paper; centered: the
     same without each cell's mean over the batch; dense: most similar output of the dense head;
     random; geometry: the ground truth from the crops; verified: backbone where geometry confirms
-    it; mutual: mutual nearest neighbors"""
+    it; mutual: mutual nearest neighbors; sinkhorn: weights of all positions, an optimal transport
+    plan"""
     geometry_warmup: int = 0
     """steps with match geometry at the start"""
     negatives: Literal["pooled", "position", "intra-image"] = "pooled"
@@ -405,6 +408,11 @@ def validate_config(config: Config, world_size: int = 1, need_data: bool = False
                 f"{_option(config, f.name)}: MoCo-v2 has no dense loss; "
                 "leave it out, or --method densecl"
             )
+    if config.match == "sinkhorn" and config.negatives == "intra-image":
+        raise UsageError(
+            "--match sinkhorn: gives weights to all positions of a view, and leaves none as "
+            "--negatives intra-image; use --negatives pooled or position"
+        )
     check_paths(config, need_data)
 
 

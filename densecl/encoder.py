@@ -203,12 +203,15 @@ class EncoderOutput(NamedTuple):
         dense: N x dim x h x w, r: one vector per position; None without a dense head
         dense_pooled: N x dim: the mean over positions of the dense head's output *before*
             normalization, then normalized; enters the dense queue; None without a dense head
+        affine: N x 2 x 3, the geometry of the views: unit square of the view to pixels of the
+            image. The encoder leaves it None, `DenseCL` adds it where the views have one
     """
 
     features: Tensor | None = None
     embedding: Tensor | None = None
     dense: Tensor | None = None
     dense_pooled: Tensor | None = None
+    affine: Tensor | None = None
 
 # %% ../nbs/02_encoder.ipynb #c037
 class Encoder(nn.Module):

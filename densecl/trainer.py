@@ -9,7 +9,7 @@ __all__ = ['AMP_DTYPES', 'build_model', 'TrainState', 'recovery_advice', 'check_
 
 # %% ../nbs/09_trainer.ipynb #c004
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .augment import seeded
-from .config import DENSE_ONLY, Config, learning_rate
+from .config import Config, learning_rate
 from .correspondence import ground_truth_match, mean_pairwise_cosine
 from .data.dataset import HELD_OUT_PHOTOS, TileSource
 from densecl.data.loader import (
@@ -40,7 +40,7 @@ from .runtime.io import RunError, UsageError
 from .runtime.metrics import Meter, check_finite, gradient_norm
 from .runtime.signals import StopSignal, raise_stopped
 from .runtime.workers import iter_batches
-from .variants import DenseCLVariant
+from .variants import POSITIVES, DenseCLVariant, match_geometry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,14 +63,13 @@ def build_model(config: Config) -> MoCo:
     encoder = Encoder(backbone, channels, *heads, dense=config.method == "densecl")
     options = (config.queue_len, config.momentum, config.temperature)
     chunk = None if config.loss == "reference" else "auto"
-    dense_fields = [field for field in fields(config) if field.name in DENSE_ONLY]
     if config.method == "mocov2":
         model = MoCo(encoder, *options, chunk=chunk)
-    elif all(getattr(config, field.name) == field.default for field in dense_fields):
-        model = DenseCL(encoder, *options, config.loss_lambda, chunk)
     else:
-        choices = {"match": config.match, "negatives": config.negatives}
-        model = DenseCLVariant(encoder, *options, config.loss_lambda, chunk, **choices)
+        options += (config.loss_lambda, chunk, POSITIVES[config.match])
+        own_negatives = config.negatives != "pooled"
+        choice = {"negatives": config.negatives} if own_negatives else {}
+        model = (DenseCLVariant if own_negatives else DenseCL)(encoder, *options, **choice)
     model.shuffle_bn = config.bn == "shuffle"
     return model
 
@@ -97,6 +96,8 @@ class TrainState:
         self.opened: dict = {}
         self.data: dict[str, Any] | None = None
         self.model = build_model(config).to(device)
+        # of the model; a geometry warm-up exchanges them
+        self.positives = getattr(self.model, "positives", None)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -211,8 +212,9 @@ def set_schedules(state: TrainState, steps_per_epoch: int) -> None:
     if isinstance(state.model, DenseCL):
         warm = state.step >= config.lambda_warmup
         state.model.loss_lambda = config.loss_lambda if warm else 0.0
-    if isinstance(state.model, DenseCLVariant):
-        state.model.match = "geometry" if state.step < config.geometry_warmup else config.match
+        if config.geometry_warmup:
+            warm = state.step >= config.geometry_warmup
+            state.model.positives = state.positives if warm else match_geometry
 
 # %% ../nbs/09_trainer.ipynb #c023
 def train_step(state: TrainState, forward: nn.Module, batch: dict, steps_per_epoch: int) -> dict:

@@ -42,6 +42,7 @@ def train(folder, *options):
         "--match verified --negatives position --padding reflect",
         "--match mutual --geometry-warmup 1",
         "--match centered",
+        "--match sinkhorn",
     ],
     ids=str,
 )
@@ -65,6 +66,7 @@ def test_a_run_with_other_choices_trains_and_its_weights_load(tmp_path, options)
         ("--match nearest", "choose from backbone"),
         ("--method mocov2 --match geometry", "no dense loss"),
         ("--negatives all", "choose from pooled"),
+        ("--match sinkhorn --negatives intra-image", "leaves none as --negatives intra-image"),
         ("--bn sync --device cpu", "SyncBN needs CUDA"),
     ],
     ids=str,
