@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Match', 'COCO', 'IMAGENET', 'DEMO', 'presets', 'BACKBONES', 'STAGE_STRIDES', 'PROBE_NAMES', 'LABELED_PROBES',
            'DENSE_ONLY', 'POSITIVE_FIELDS', 'FRACTION_FIELDS', 'LARGEST_VALUES', 'TYPE_NAMES', 'RENAMED_FIELDS',
-           'RENAMED_VALUES', 'Config', 'learning_rate', 'cpu_has_bf16', 'scaled_lr', 'backbone_stride', 'grid_size',
-           'validate_field', 'check_paths', 'validate_config', 'config_hints', 'upgrade_config']
+           'RENAMED_VALUES', 'Config', 'learning_rate', 'scaled_lr', 'backbone_stride', 'grid_size', 'validate_field',
+           'check_paths', 'validate_config', 'config_hints', 'upgrade_config']
 
 # %% ../nbs/08_config.ipynb #c002
 import math
@@ -111,8 +111,9 @@ class Config:
     """CPU threads per process; 0: torch decides"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; auto: cuda where there is a GPU"""
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    """off: float32; bf16, fp16: mixed precision"""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "off"
+    """off: float32; bf16, fp16: mixed precision; auto: bf16 where the hardware computes in it, else
+    off"""
     compile: bool = switch(False)
     """torch.compile for the encoders"""
     channels_last: bool = switch(False)
@@ -192,24 +193,16 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int = 1) -> float:
     epoch = step / steps_per_epoch if by_step else step // steps_per_epoch
     return config.lr / 2 * (1 + math.cos(math.pi * (epoch - warmup) / (config.epochs - warmup)))
 
-# %% ../nbs/08_config.ipynb #c016
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (elsewhere it is slow)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
 # %% ../nbs/08_config.ipynb #c017
 # 8 GPUs x 32 images = 256 per step; incomplete batches are dropped
 # COCO: 118,287 // 256 = 462 steps per epoch, 369,600 in 800 epochs
 # ImageNet: 1,281,167 // 256 = 5004 steps per epoch, 1,000,800 in 200 epochs
-COCO = Config(data_root="data/coco/train2017")
-IMAGENET = Config(data_root="data/imagenet/train", epochs=200, lr=0.03)
+COCO = Config(data_root="data/coco/train2017", amp="auto", channels_last=True)
+IMAGENET = replace(COCO, data_root="data/imagenet/train", epochs=200, lr=0.03)
 
 # 540 tiles of the embedded photographs // 32 = 16 steps per epoch, 1200 steps
-DEMO = Config(
+DEMO = replace(
+    COCO,
     data_root="builtin:photos",
     backbone="resnet18-layer3",
     epochs=75,
@@ -224,8 +217,6 @@ DEMO = Config(
     save_every=200,
     probe="match",
     augment="reference",
-    amp="bf16" if cpu_has_bf16() else "off",
-    channels_last=True,
 )
 
 # %% ../nbs/08_config.ipynb #c018

@@ -280,6 +280,7 @@ class StepCost(NamedTuple):
         images: the largest batch size that was measured
         batch: the batch size of the run, which `seconds` and `memory` are for
         device: where it was measured
+        amp: arithmetic of the measurement: off, bf16 or fp16
     """
 
     seconds: float
@@ -287,6 +288,7 @@ class StepCost(NamedTuple):
     images: int
     batch: int
     device: str
+    amp: str = "off"
 
 
 def _fits(last: Measurement, images: int, memory: float, seconds: float, device: str) -> bool:
@@ -314,9 +316,10 @@ def measure_step(config: Config, limit: float = 45) -> StepCost:
         limit: seconds that the measurement may take, roughly
     """
     device = setup_device(config)
+    config = replace(config, amp=distributed.choose_amp(config.amp, device), compile=False)
     start = time.perf_counter()
     batch = config.batch_size // distributed.world_size()
-    state = TrainState(replace(config, compile=False), device)
+    state = TrainState(config, device)
     forward = wrap_model(state.model, state.config)
     memory = peak_memory()
     state.model.train()
@@ -331,7 +334,7 @@ def measure_step(config: Config, limit: float = 45) -> StepCost:
         steps = 4 if images == batch and last.seconds < 1 else 1
         measured.append(_measure(state, forward, images, steps))
     seconds, memory = (extrapolate(measured, name, batch) for name in ("seconds", "memory"))
-    return StepCost(seconds, memory, measured[-1].images, batch, str(device))
+    return StepCost(seconds, memory, measured[-1].images, batch, str(device), config.amp)
 
 
 def _measure(state: TrainState, forward: nn.Module, images: int, steps: int) -> Measurement:
@@ -411,11 +414,13 @@ def cost_report(
         world_size: processes that share a batch
         loaded: images per second of one process, from `measure_input`; None: no line about it
     """
+    config = replace(config, amp=cost.amp)
     steps = images // config.batch_size * config.epochs
     steps = min(steps, config.max_steps or steps)
     flops = sum(part.flops for part in count_step(config, cost.batch).values())
     lines = _size_lines(config, world_size)
-    step = f"{cost.seconds:.3g} seconds for {cost.batch} random images on {cost.device}"
+    step = f"{cost.seconds:.3g} seconds for {cost.batch} random images on {cost.device} in "
+    step += "float32" if cost.amp == "off" else cost.amp
     if cost.images < cost.batch:
         reason = f"{cost.batch} would take too long or too much memory here"
         step += f", extrapolated from {cost.images}, since {reason}"

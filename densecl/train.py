@@ -101,6 +101,7 @@ def run_plan(config: Config, images: int, world_size: int = 1) -> str:
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
     ceiling, full = math.log(1 + config.queue_len), math.ceil(config.queue_len / config.batch_size)
     last_lr = learning_rate(config, (config.epochs - 1) * max(steps, 1), max(steps, 1))
+    arithmetic = {"off": "float32", "auto": "bf16 where the hardware has it, else float32"}
     lines = {
         "data": f"{config.data_root}: {images} images, {steps} steps per epoch, "
         f"{total} steps in {config.epochs} epochs",
@@ -113,7 +114,7 @@ def run_plan(config: Config, images: int, world_size: int = 1) -> str:
         "lr": f"{config.lr:g} {_start_of_lr(config)}, {last_lr:.2g} in the last epoch; "
         f"cosine per {config.schedule}",
         "updates": _optimizer_of(config),
-        "device": f"{config.device}, {'float32' if config.amp == 'off' else config.amp}",
+        "device": f"{config.device}, {arithmetic.get(config.amp, config.amp)}",
         "ends": f"after {min(config.max_steps or sys.maxsize, total)} steps",
         "begins": _start_of(config),
         "writes": f"{config.out}/ with config.json, metrics.jsonl and events (a row every "

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['AMP_DTYPES', 'build_model', 'TrainState', 'recovery_advice', 'check_losses', 'checkpoint_state', 'resume_run',
-           'step_seed', 'set_schedules', 'train_step', 'setup_device', 'wrap_model', 'step_figure', 'add_step',
-           'diagnostics', 'log_fields', 'should_run', 'run_probes', 'save_before_after', 'count_steps', 'train']
+           'step_seed', 'set_schedules', 'train_step', 'setup_device', 'choose_arithmetic', 'wrap_model', 'step_figure',
+           'add_step', 'diagnostics', 'log_fields', 'should_run', 'run_probes', 'save_before_after', 'count_steps',
+           'train']
 
 # %% ../nbs/09_trainer.ipynb #c004
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ from .model import DenseCL, MoCo
 from .optimizers import build_optimizer, create_momentum_, load_optimizer_
 from .resume import find_checkpoint, open_training_views
 from .runtime import distributed
-from .runtime.checkpoint import RunWriter
+from .runtime.checkpoint import RunWriter, print_on_rank0
 from .runtime.io import RunError, UsageError
 from .runtime.metrics import Meter, check_finite, gradient_norm
 from .runtime.signals import StopSignal, raise_stopped
@@ -235,7 +236,7 @@ def train_step(state: TrainState, forward: nn.Module, batch: dict, steps_per_epo
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     batch = to_device(batch, state.device, memory_format)
     dtype = AMP_DTYPES.get(config.amp)
-    with torch.autocast(state.device.type, dtype, enabled=config.amp != "off"):
+    with torch.autocast(state.device.type, dtype, enabled=dtype is not None):
         out = forward(*(batch.get(key) for key in state.model.batch_keys))
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(out["loss"]).backward()
@@ -249,6 +250,8 @@ def train_step(state: TrainState, forward: nn.Module, batch: dict, steps_per_epo
 # %% ../nbs/09_trainer.ipynb #c027
 def setup_device(config: Config) -> torch.device:
     """Join the process group, set threads and determinism, and return this process's device.
+
+    Unless --deterministic, cuDNN measures which of its algorithms is the fastest.
 
     Args:
         config: the config of the run; raises `UsageError` for SyncBN without CUDA, and for
@@ -266,7 +269,26 @@ def setup_device(config: Config) -> torch.device:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not config.deterministic
     return device
+
+
+def choose_arithmetic(config: Config, device: torch.device) -> Config:
+    """The config with --amp auto resolved; one line says which arithmetic it is. A collective.
+
+    Args:
+        config: the config of the run
+        device: of this process
+    """
+    if config.amp == "off" and not config.channels_last:
+        return config  # the authors'
+    config = replace(config, amp=distributed.choose_amp(config.amp, device))
+    name = "float32" if config.amp == "off" else f"{config.amp} mixed precision"
+    memory_format = ", channels_last" if config.channels_last else ""
+    authors = "--amp off --no-channels-last for the authors' float32"
+    print_on_rank0(f"arithmetic: {name}{memory_format} ({authors})")
+    return config
 
 
 def _check_deterministic(config: Config, device: torch.device) -> None:
@@ -450,6 +472,7 @@ def train(config: Config, views: Dataset | None = None) -> MoCo:
             the images of config.data_root
     """
     device = setup_device(config)
+    config = choose_arithmetic(config, device)
     views, data = open_training_views(config, views)
     state = TrainState(config, device)
     state.data = data

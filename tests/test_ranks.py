@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from densecl.data.dataset import BatchSampler
 from densecl.encoder import Encoder
 from densecl.model import DenseCL
 from densecl.queue import Queue
+from densecl.runtime import distributed
 from densecl.runtime.distributed import BatchShuffle, all_gather, all_reduce_mean
 from densecl.trainer import wrap_model
 
@@ -44,6 +46,7 @@ def run_rank(rank, folder):
         "memory_format": lambda: shuffle_channels_last_as_rank(rank),
         "twenty": lambda: twenty_steps_as_rank(rank),
         "queues": lambda: enqueue_as_rank(rank),
+        "amp": lambda: choose_amp_as_rank(rank),
     }
     torch.save({name: job() for name, job in jobs.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -78,6 +81,15 @@ def rows(out):
 def images(steps=1, views=2):
     """Noise: steps x views x (2 B) x 3 x 8 x 8."""
     return torch.randn(steps, views, 2 * B, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+
+
+def choose_amp_as_rank(rank):
+    """What --amp auto is where both ranks, only the first, or neither has bf16."""
+    chosen = []
+    for machines in ((True, True), (True, False), (False, False)):
+        with patch.object(distributed, "has_bf16", return_value=machines[rank]):
+            chosen.append(distributed.choose_amp("auto", torch.device("cpu")))
+    return chosen
 
 
 def part(x, rank):
@@ -129,6 +141,10 @@ def learn(model, batches, rank=None):
         )
     last = {name: value.clone() for name, value in model.state_dict().items()}
     return {"steps": steps, "last": last}
+
+
+def test_ranks_choose_the_same_arithmetic(two):
+    assert two["amp"] == [["bf16", "off", "off"]] * 2
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@
 __all__ = ['CHECKS', 'LOST_PEER', 'COMMUNICATION', 'MESSAGE_BYTES', 'world_size', 'rank', 'keep_freed_memory', 'init_distributed',
            'check_gpu_count', 'first_lines', 'shutdown', 'communication_error', 'distributed_session', 'all_gather',
            'all_reduce_sum', 'all_reduce_mean', 'broadcast_', 'any_rank', 'start_any_rank', 'raise_on_all_ranks',
-           'raise_together', 'rank_order_hook', 'average_gradients', 'queue_copy', 'queue_copies', 'constant',
-           'ExchangePlan', 'exchange_plan', 'exchange', 'exchange_all', 'BatchShuffle']
+           'raise_together', 'has_bf16', 'choose_amp', 'rank_order_hook', 'average_gradients', 'queue_copy',
+           'queue_copies', 'constant', 'ExchangePlan', 'exchange_plan', 'exchange', 'exchange_all', 'BatchShuffle']
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c002
 import ctypes
@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -305,6 +306,33 @@ def raise_together(error: UsageError | None, device: str, timeout: float) -> Non
     except UsageError as e:
         shutdown()
         raise e from None
+
+# %% ../../nbs/runtime/01_distributed.ipynb #349e2b8a
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware; elsewhere it is slow.
+
+    Args:
+        device: of this process
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def choose_amp(amp: str, device: torch.device) -> str:
+    """For "auto": "bf16" if the devices of all ranks compute in it, else "off". A collective.
+
+    Args:
+        amp: value of --amp; any other one is returned as it is
+        device: of this process
+    """
+    if amp != "auto":
+        return amp
+    return "off" if any_rank(not has_bf16(device)) else "bf16"
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c029
 def rank_order_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
