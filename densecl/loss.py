@@ -165,7 +165,8 @@ def info_nce(
 
     Args:
         q: M x dim, queries, unit vectors
-        k_pos: M x dim, the positive of each query, unit vectors; receives no gradient
+        k_pos: M x dim, the positive of each query, unit vectors, or weighted means of them (soft
+            positives); receives no gradient
         queue: dim x K, the negatives, unit vectors; receive no gradient
         temperature: T; 0.2 in the paper
         chunk: number of keys whose logits are held at a time. "auto": 1024 on the CPU, 8192 on
