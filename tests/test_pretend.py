@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from densecl import trainer
 from densecl.config import Match
+from densecl.correspondence import best_match, similarity
 from densecl.data.loader import CorruptImageCounter, build_loader, build_views
 from densecl.detect.__main__ import main as detect
 from densecl.encoder import Encoder, build_backbone
@@ -31,6 +33,7 @@ from densecl.runtime.io import UsageError
 from densecl.runtime.metrics import Meter
 from densecl.runtime.signals import StopSignal
 from densecl.segment.__main__ import main as segment
+from densecl.variants import POSITIVES
 from densecl.visualize.matches import hover_map, show_matches
 from tiny import TINY
 
@@ -186,6 +189,22 @@ def test_a_step_never_waits_for_the_device(choice):
     """But for the constants, which are copied in the first step."""
     with pretended_cuda():
         assert waits_of_steps(replace(SMALL, **choice))[1:] == [[], []]
+
+
+def soft_positives(q, k):
+    return similarity(q.features, k.features).softmax(2)
+
+
+def some_positives(q, k):
+    match = best_match(q, k)
+    return torch.where(match < 3, -1, match)
+
+
+@pytest.mark.parametrize("function", [soft_positives, some_positives])
+def test_own_positives_are_checked_in_the_first_step_only(function):
+    with pretended_cuda(), patch.dict(POSITIVES, backbone=function):
+        waits = waits_of_steps(SMALL)
+        assert waits[0] and waits[1:] == [[], []]
 
 
 @pytest.fixture
