@@ -324,11 +324,11 @@ def _diagnose_accuracy(rows: Rows, config: Config) -> list[Finding]:
 
 # %% ../nbs/11_doctor.ipynb #c038
 def _diagnose_loading(rows: Rows, config: Config) -> list[Finding]:
-    findings = []
-    _, wait = field_values(rows, "data_wait")
-    if len(wait) and _last_tenth(wait) > 0.25:
-        text = f"{_last_tenth(wait):.0%} of the time is spent waiting for images: "
-        findings.append(Finding("note", text + "more --workers, or an LMDB"))
+    from densecl.data.loader import loading_problem
+
+    columns = [field_values(rows, name)[1] for name in ("data_wait", "loader_cpu")]
+    text = loading_problem(*(_last_tenth(x) if len(x) else 0.0 for x in columns), config)
+    findings = [Finding("note", text)] if text else []
     steps, corrupt = field_values(rows, "bad")
     if len(corrupt) and corrupt[-1] > 0.01 * steps[-1] * config.batch_size:
         text = f"{corrupt[-1]:.0f} images could not be decoded, more than 1 in 100"

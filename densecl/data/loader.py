@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KeyedDataset', 'pair_to_sample', 'check_pair', 'augment_config', 'view_pipeline', 'SeededViews', 'build_views',
            'normalize_on_device', 'color_on_device', 'to_device', 'stack_images', 'collate', 'ReadAheadDataset',
-           'read_ahead', 'build_loader', 'CorruptImageCounter', 'next_batch', 'DataWaitMonitor']
+           'read_ahead', 'build_loader', 'CorruptImageCounter', 'next_batch', 'loading_problem', 'DataWaitMonitor']
 
 # %% ../../nbs/data/09_loader.ipynb #c002
 import os
@@ -407,11 +407,43 @@ def next_batch(batches: Iterator[dict[str, Any]], meter: Meter) -> dict[str, Any
         meter.data_wait += time.perf_counter() - start
 
 # %% ../../nbs/data/09_loader.ipynb #c037
+def loading_problem(wait: float, cpu: float, config: Config, max_fraction: float = 0.25) -> str:
+    """What is slow about loading images, and what helps; empty if nothing is.
+
+    Args:
+        wait: fraction of the time in which the loop had no batch
+        cpu: CPU time of loading, as a fraction of this process's cores
+        config: augment, device, workers and threads are used
+        max_fraction: fraction that is acceptable
+    """
+    faster = "--augment fast, " if config.augment == "reference" else ""
+    if wait > max_fraction:
+        problem = f"{wait:.0%} of the time is spent waiting for images"
+        faster += f"more --workers (now {config.workers}), "
+    elif cpu > max_fraction and _share_cores(config):
+        problem = f"loading images takes {cpu:.0%} of the cores that train"
+    else:
+        return ""
+    return (
+        f"{problem}; what helps: {faster}or smaller images on a fast disk "
+        "(python -m densecl.data lmdb SRC DST.lmdb --short-side 320)"
+    )
+
+
+def _share_cores(config: Config) -> bool:
+    """Whether a training on the CPU and the workers need more cores than there are."""
+    if config.device == "cuda" or config.workers == 0:
+        return False
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    threads = config.threads or torch.get_num_threads()
+    return on_cpu and threads + config.workers > cores_per_process()
+
+
 class DataWaitMonitor:
     """Warns once in a run when much of its time is spent on images.
 
     Args:
-        config: augment, device and workers are used
+        config: see `loading_problem`
         max_fraction: fraction of the time that is acceptable
     """
 
@@ -429,27 +461,10 @@ class DataWaitMonitor:
         """
         if self.first_step is None:
             self.first_step = row["step"]
-        starting = row["step"] < self.first_step + 100
-        waits = row["data_wait"] > self.max_fraction
-        competes = row["loader_cpu"] > self.max_fraction and self._share_cores()
-        if self.warned or starting or not (waits or competes):
+        if self.warned or row["step"] < self.first_step + 100:
             return
-        self.warned = True
-        faster = "--augment fast, " if self.config.augment == "reference" else ""
-        if waits:
-            problem = f"{row['data_wait']:.0%} of the time is spent waiting for images"
-            cores = f"this machine has {os.cpu_count()} cores"
-            faster += f"more --workers (now {self.config.workers}; {cores}), "
-        else:
-            problem = f"loading images takes {row['loader_cpu']:.0%} of the cores that train"
-        warn(
-            f"{problem}; what helps: {faster}or smaller images on a fast disk "
-            "(python -m densecl.data lmdb SRC DST.lmdb --short-side 320)"
-        )
-
-    def _share_cores(self) -> bool:
-        """Whether a training on the CPU and the workers need more cores than there are."""
-        if self.config.device == "cuda" or self.config.workers == 0:
-            return False
-        on_cpu = self.config.device == "cpu" or not torch.cuda.is_available()
-        return on_cpu and torch.get_num_threads() + self.config.workers > cores_per_process()
+        fractions = (row["data_wait"], row["loader_cpu"])
+        problem = loading_problem(*fractions, self.config, self.max_fraction)
+        if problem:
+            self.warned = True
+            warn(f"{problem}; this machine has {os.cpu_count()} cores")
