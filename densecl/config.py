@@ -51,7 +51,10 @@ class Config:
     max_steps: int = 0
     """end after N steps, 0: never; does not change the schedule"""
     batch_size: int = 256
-    """images per step, all processes together"""
+    """images per optimizer step, all processes and micro-batches together"""
+    accumulate: int = 1
+    """micro-batches per optimizer step, whose gradients are added: less memory. They divide
+    --batch-size, as the processes do; --batch-size stays the total"""
     image_size: int = 224
     """side of a view in pixels"""
     grid: int = 0
@@ -280,7 +283,7 @@ LABELED_PROBES = PROBE_NAMES[3:]  # need --probe-root
 DENSE_ONLY = ("match", "geometry_warmup", "negatives")
 POSITIVE_FIELDS = (
     *("epochs", "batch_size", "image_size", "hidden", "dim", "queue_len", "temperature", "lr"),
-    *("log_every", "save_every", "keep_checkpoints", "timeout"),
+    *("accumulate", "log_every", "save_every", "keep_checkpoints", "timeout"),
 )
 FRACTION_FIELDS = ("momentum", "sgd_momentum", "loss_lambda", "max_corrupt_fraction") + (
     *("color_jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob", "hflip_prob"),
@@ -381,11 +384,12 @@ def validate_config(config: Config, world_size: int = 1, need_data: bool = False
         wrong = validate_field(f, getattr(config, f.name))
         if wrong:
             raise UsageError(f"{_option(config, f.name)}: {wrong}")
-    if config.batch_size % world_size:
-        fits = max(1, config.batch_size // world_size) * world_size
+    shares = world_size * config.accumulate
+    if config.batch_size % shares:
+        what = "processes" if config.accumulate == 1 else "micro-batches of all processes"
         raise UsageError(
-            f"{_option(config, 'batch_size')}: must be a multiple of the {world_size} processes, "
-            f"such as {fits}"
+            f"{_option(config, 'batch_size')}: must be a multiple of the {shares} {what}, "
+            f"such as {max(1, config.batch_size // shares) * shares}"
         )
     if config.lr_warmup_epochs >= config.epochs:
         raise UsageError(

@@ -187,7 +187,7 @@ def estimate_sizes(config: Config, world_size: int = 1) -> dict[str, int]:
     positions = 0 if key.dense is None else key.dense[0, 0].numel()  # hw
     queues = [x for name, x in model.named_buffers() if name.startswith("queue")]
     views = 2 * images.numel() * (4 if config.augment == "reference" else 1)
-    logits = 4 * batch * (1 + positions) * config.queue_len
+    logits = 4 * batch // config.accumulate * (1 + positions) * config.queue_len
     return {
         "parameters": parameters,
         "queues": sum(x.nbytes for x in queues),
@@ -323,7 +323,7 @@ def measure_step(config: Config, limit: float = 45) -> StepCost:
     forward = wrap_model(state.model, state.config)
     memory = peak_memory()
     state.model.train()
-    first = min(2, batch)
+    first = state.config.accumulate * min(2, batch // state.config.accumulate)
     measured = [_measure(state, forward, first, 4 if first == batch else 1)]
     while measured[-1].images < batch:
         last = measured[-1]
@@ -421,6 +421,8 @@ def cost_report(
     lines = _size_lines(config, world_size)
     step = f"{cost.seconds:.3g} seconds for {cost.batch} random images on {cost.device} in "
     step += "float32" if cost.amp == "off" else cost.amp
+    if config.accumulate > 1:
+        step += f", {cost.batch // config.accumulate} at a time"
     if cost.images < cost.batch:
         reason = f"{cost.batch} would take too long or too much memory here"
         step += f", extrapolated from {cost.images}, since {reason}"

@@ -397,10 +397,10 @@ def report(rows: Rows, config: Config, probes: Rows = ()) -> str:
     """
     reference = reference_losses(config)
     verdict, findings = judge_run(rows, config, probes)
-    setting = f"K = {config.queue_len}, {config.batch_size} images per step"
-    setting += f", T = {config.temperature:g}"
+    parts = f" in {config.accumulate} micro-batches" * (config.accumulate > 1)
+    setting = f"K = {config.queue_len}, {config.batch_size} images per step{parts}, T = "
     lines = [
-        f"{config.method} after {rows[-1]['step']} steps, {setting}",
+        f"{config.method} after {rows[-1]['step']} steps, {setting}{config.temperature:g}",
         f"{reference.initial:6.2f}  initial loss: a positive pair and a queue of random vectors",
         f"{reference.chance:6.2f}  chance level, ln(1 + K): a loss that stays here has collapsed",
         f"{reference.floor:6.2f}  floor, ln(1 + K e^(-1/T)): solved; lower is hardly possible",

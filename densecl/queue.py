@@ -18,7 +18,8 @@ class Queue(nn.Module):
 
     A ring buffer of the last `length` keys; new keys overwrite the oldest. The keys of all
     processes are enqueued in the order of the ranks, so the queue stays the same on every rank
-    (MoCo, section 3.2; DenseCL, section 3.1).
+    (MoCo, section 3.2; DenseCL, section 3.1). With gradient accumulation the keys of a step are
+    enqueued together, after its last micro-batch.
 
     Args:
         dim: dimension of a key
@@ -40,6 +41,19 @@ class Queue(nn.Module):
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(dim, length), dim=0))  # dim x K
         self.register_buffer("ptr", torch.zeros(1, dtype=torch.long))
+        self._waiting: list[Tensor] = []  # keys of the step's earlier micro-batches
+        self._is_last = True  # whether the micro-batch is the last one of its step
+
+    def set_micro_batch(self, index: int, count: int) -> None:
+        """Declare the next keys to be those of one micro-batch of a step.
+
+        Args:
+            index: number of the micro-batch, from 0
+            count: number of micro-batches of the step; 1: none are kept waiting
+        """
+        if not index:
+            self._waiting = []  # of a step that was interrupted
+        self._is_last = index + 1 == count
 
     @torch.no_grad()
     def enqueue(self, k: Tensor) -> None:
@@ -48,6 +62,11 @@ class Queue(nn.Module):
         Args:
             k: B x dim, the keys of this process; those of all processes are enqueued
         """
+        if not self._is_last:
+            self._waiting.append(k)
+            return
+        if self._waiting:
+            k, self._waiting = torch.cat([*self._waiting, k]), []
         k = distributed.all_gather(k)  # (world B) x dim
         length = self.keys.shape[1]
         columns = (self.ptr + torch.arange(len(k), device=k.device)) % length

@@ -297,7 +297,7 @@ CHANGEABLE_FIELDS = frozenset(
 )
 # may change, too, and a line says so
 REPORTED_FIELDS = (
-    *("amp", "compile", "channels_last", "loss", "augment", "deterministic"),
+    *("accumulate", "amp", "compile", "channels_last", "loss", "augment", "deterministic"),
     *("data_root", "include", "exclude", "probe_root"),  # the data is compared by its fingerprint
 )
 

@@ -34,7 +34,7 @@ LAYERS = [
     ["weights"],
     ["visualize"],
     ["evaluate"],
-    ["resume", "doctor", "trainer", "cost", "train"],
+    ["resume", "doctor", "accumulate", "trainer", "cost", "train"],
     ["transfer"],
     ["segment", "detect", "show", "__init__", "__main__"],
 ]

@@ -161,6 +161,7 @@ CHOICES = [
     {"loss": "reference", "channels_last": True},
     {"amp": "bf16", "augment": "fast"},
     {"amp": "fp16", "augment": "device"},
+    {"amp": "fp16", "augment": "device", "accumulate": 2},
     *({"match": kind} for kind in get_args(Match) if kind != "backbone"),
     {"match": "mutual", "negatives": "intra-image"},
     {"negatives": "position"},
@@ -215,13 +216,15 @@ def eight_ranks():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("choice", [{}, {"match": "geometry", "amp": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "choice", [{}, {"match": "geometry", "amp": "bf16"}, {"accumulate": 2}], ids=str
+)
 def test_a_step_of_one_of_eight_ranks_never_waits_for_the_device(eight_ranks, choice):
     config = replace(SMALL, batch_size=32, **choice)
     with pretended_cuda() as log:
         assert waits_of_steps(config)[1:] == [[], []]
-        # the key images, the key encoder's four outputs; and both queues
-        assert log.operations["alltoall_base_"] == 2
+        # the key images, the key encoder's four outputs of each micro-batch; and both queues
+        assert log.operations["alltoall_base_"] == 2 * config.accumulate
         assert log.operations["_allgather_base_"] == 2
 
 

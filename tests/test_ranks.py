@@ -6,7 +6,9 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -16,6 +18,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing import spawn
 
+import tiny
+from densecl import trainer
+from densecl.accumulate import accumulate_gradients
 from densecl.config import Config
 from densecl.data.dataset import BatchSampler
 from densecl.encoder import Encoder
@@ -41,12 +46,14 @@ def run_rank(rank, folder):
     jobs = {
         "no_bn": lambda: learn(build(None), images(6), rank),
         "eval_bn": lambda: learn(build(False), images(6), rank),
+        "accumulated": lambda: learn(build(False), images(6), rank, accumulate=B),
         "keys": lambda: keys_as_rank(rank),
         "shuffle": lambda: shuffle_as_rank(rank),
         "memory_format": lambda: shuffle_channels_last_as_rank(rank),
         "twenty": lambda: twenty_steps_as_rank(rank),
         "queues": lambda: enqueue_as_rank(rank),
         "amp": lambda: choose_amp_as_rank(rank),
+        "resumed": lambda: resume_with_accumulation_as_rank(folder),
     }
     torch.save({name: job() for name, job in jobs.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -113,19 +120,27 @@ def build(bn, seed=0, queue_len=20):
     return DenseCL(encoder, queue_len=queue_len, momentum=0.9).train(bn is not False)
 
 
-def learn(model, batches, rank=None):
+def learn(model, batches, rank=None, accumulate=1):
     """SGD steps: losses, matches, gradients and queues of each.
 
     `rank`: train on its part of each batch, with the model wrapped as the trainer does it.
+    `accumulate`: number of the trainer's micro-batches.
     """
     forward = model if rank is None else wrap_model(model, Config())
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=1e-4)
     steps = []
     for im_q, im_k in batches:
-        out = forward(im_q, im_k) if rank is None else forward(part(im_q, rank), part(im_k, rank))
+        if rank is not None:
+            im_q, im_k = part(im_q, rank), part(im_k, rank)
         optimizer.zero_grad()
-        out["loss"].backward()
+        if accumulate > 1:
+            out = accumulate_gradients(
+                state_of(model, accumulate), forward, {"im_q": im_q, "im_k": im_k}
+            )
+        else:
+            out = forward(im_q, im_k)
+            out["loss"].backward()
         optimizer.step()
         losses = torch.stack([out["loss"].detach(), out["loss_global"], out["loss_dense"]])
         named = model.named_parameters()
@@ -147,8 +162,17 @@ def test_ranks_choose_the_same_arithmetic(two):
     assert two["amp"] == [["bf16", "off", "off"]] * 2
 
 
+def state_of(model, accumulate):
+    """The part of a run's state that `accumulate_gradients` needs."""
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    config = Config(accumulate=accumulate)
+    return SimpleNamespace(config=config, device=torch.device("cpu"), model=model, scaler=scaler)
+
+
 @pytest.mark.parametrize(
-    "bn, job", [(None, "no_bn"), (False, "eval_bn")], ids=["without BN", "BN in eval mode"]
+    "bn, job",
+    [(None, "no_bn"), (False, "eval_bn"), (False, "accumulated")],
+    ids=["without BN", "BN in eval mode", "three micro-batches"],
 )
 def test_two_ranks_and_one_process_agree(bn, job, two):
     one = learn(build(bn), images(6))
@@ -263,6 +287,25 @@ def test_two_ranks_hold_the_same_bits_after_twenty_steps(two):
         assert torch.equal(x["queue2"], y["queue2"])
     bn = [name for name in a["last"] if "encoder_q" in name and "running_mean" in name]
     assert bn and not torch.equal(a["last"][bn[0]], b["last"][bn[0]])
+
+
+def resume_with_accumulation_as_rank(folder):
+    """State after four steps of two micro-batches, of a run without and with an interruption."""
+    config = replace(tiny.TINY, data_root="builtin:photos", batch_size=8, accumulate=2)
+    config = replace(config, deterministic=True, max_steps=4, out=f"{folder}/whole")
+    whole = trainer.train(config)
+    trainer.train(replace(config, max_steps=2, out=f"{folder}/parts"))
+    parts = trainer.train(replace(config, out=f"{folder}/parts"))
+    torch.use_deterministic_algorithms(False)
+    return whole.state_dict(), parts.state_dict()
+
+
+def test_a_resumed_run_with_accumulation_is_the_same_bit_for_bit_on_two_ranks(two):
+    for whole, parts in two["resumed"]:
+        assert whole["queue.ptr"].item() == 4 * 8 % 12
+        # rank 1 continues with the running statistics of rank 0, which no step reads
+        for name in (name for name in whole if "running_" not in name):
+            assert torch.equal(whole[name], parts[name]), name
 
 
 LENGTHS = (1, B, 2 * B - 1, 2 * B, 2 * B + 1, 4 * B, 16)

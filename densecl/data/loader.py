@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KeyedDataset', 'pair_to_sample', 'check_pair', 'augment_config', 'view_pipeline', 'SeededViews', 'build_views',
            'normalize_on_device', 'color_on_device', 'to_device', 'stack_images', 'collate', 'ReadAheadDataset',
-           'read_ahead', 'build_loader', 'CorruptImageCounter', 'next_batch', 'loading_problem', 'DataWaitMonitor']
+           'read_ahead', 'build_loader', 'micro_batches', 'CorruptImageCounter', 'next_batch', 'loading_problem',
+           'DataWaitMonitor']
 
 # %% ../../nbs/data/09_loader.ipynb #c002
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
@@ -338,6 +340,22 @@ def build_loader(config: Config, views: Any, first: int, last: int) -> DataLoade
         collate_fn=collate,
         **worker_options(config.workers),
     )
+
+# %% ../../nbs/data/09_loader.ipynb #d82d0128
+def micro_batches(batch: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
+    """The batch in `count` parts of the same size, in its order; nothing is copied.
+
+    Args:
+        batch: of the loader; what is no tensor is the same in all parts
+        count: divides the number of images; 1: the batch as it is
+    """
+    if count == 1:
+        yield batch
+        return
+    size = len(tree_leaves(batch["im_q"])[0]) // count
+    for first in range(0, count * size, size):
+        images = slice(first, first + size)
+        yield tree_map(lambda x, i=images: x[i] if isinstance(x, Tensor) else x, batch)
 
 # %% ../../nbs/data/09_loader.ipynb #c034
 class CorruptImageCounter:

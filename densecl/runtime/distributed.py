@@ -6,8 +6,9 @@
 __all__ = ['CHECKS', 'LOST_PEER', 'COMMUNICATION', 'MESSAGE_BYTES', 'world_size', 'rank', 'keep_freed_memory', 'init_distributed',
            'check_gpu_count', 'first_lines', 'shutdown', 'communication_error', 'distributed_session', 'all_gather',
            'all_reduce_sum', 'all_reduce_mean', 'broadcast_', 'any_rank', 'start_any_rank', 'raise_on_all_ranks',
-           'raise_together', 'has_bf16', 'choose_amp', 'rank_order_hook', 'average_gradients', 'queue_copy',
-           'queue_copies', 'constant', 'ExchangePlan', 'exchange_plan', 'exchange', 'exchange_all', 'BatchShuffle']
+           'raise_together', 'has_bf16', 'choose_amp', 'rank_order_hook', 'average_gradients', 'local_gradients',
+           'queue_copy', 'queue_copies', 'constant', 'ExchangePlan', 'exchange_plan', 'exchange', 'exchange_all',
+           'BatchShuffle']
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c002
 import ctypes
@@ -16,7 +17,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -365,6 +366,15 @@ def average_gradients(model: nn.Module, deterministic: bool = False) -> nn.Modul
     if deterministic:
         wrapped.register_comm_hook(None, rank_order_hook)
     return wrapped
+
+
+def local_gradients(model: nn.Module) -> AbstractContextManager:
+    """Context in which forward and backward passes add to this rank's own gradients only.
+
+    Args:
+        model: a result of `average_gradients`, or a model that is not in DDP
+    """
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c074
 def queue_copy(x: Tensor, device: torch.device | str) -> Tensor:
