@@ -24,7 +24,7 @@ stage() {  # NAME FILE COMMAND...: run it, and check that FILE is there afterwar
     if "$@" > "$out/$name.log" 2>&1 && [ -e "$out/$file" ]; then
         echo "OK $name ($((SECONDS - start)) s)"
     else
-        tail -n 5 "$out/$name.log" >&2
+        grep -a "^densecl: " "$out/$name.log" >&2 || tail -n 5 "$out/$name.log" >&2  # torchrun reports at length below it
         echo "full.sh: the stage $name failed; its output is in $out/$name.log" >&2
         exit 1
     fi
@@ -41,21 +41,21 @@ smoke() {
     found=$(python -c "import torch; print(torch.cuda.device_count())")
     gpus=${GPUS:-$found} out=${OUT:-runs/full}/smoke
     voc=$out/data weights=$out/backbone.pth
-    local images=$voc/VOC2012/JPEGImages per_gpu=32 train=() detect=() segment=()
+    local images=$voc/VOC2012/JPEGImages per_gpu=32 train=() detect=(--log-every 5) segment=(--log-every 5)
     if [ "$found" = 0 ]; then
         gpus=2 per_gpu=4
         train=(--backbone resnet18 --image-size 64 --queue-len 64 --hidden 64 --dim 32 --workers 1 --threads 1)
-        detect=(--short-side 64 --roi-batch-size 8 --roi-size 4 --proposals 20 --precise-bn-iters 2 --workers 1 --threads 1)
-        segment=(--crop-size 64 --workers 1 --threads 1)
+        detect+=(--short-side 64 --roi-batch-size 8 --roi-size 4 --proposals 20 --precise-bn-iters 2 --workers 1 --threads 1)
+        segment+=(--crop-size 64 --workers 1 --threads 1)
     fi
     if [ -z "${DRY:-}" ]; then rm -rf "$out"; mkdir -p "$out"; fi
-    train+=(--data-root "$images" --batch-size $((per_gpu * gpus)) --log-every 5 --save-every 5 --out "$out/pretrain")
+    train+=(--data-root "$images" --batch-size $((per_gpu * gpus)) --lr "$(awk "BEGIN {print 0.3 * $per_gpu * $gpus / 256}")" --log-every 5 --save-every 5 --out "$out/pretrain")
     stage data data/VOC2012 go python "$(dirname "$0")/smoke_data.py" "$voc" $((48 + per_gpu * gpus))
     stage pretrain pretrain/last.pt on_all densecl.train densecl-coco-800ep --max-steps 10 "${train[@]}"
     stage resume pretrain/step-00000020.pt on_all densecl.train densecl-coco-800ep --max-steps 20 "${train[@]}"
     stage extract backbone.pth go python -m densecl.weights extract "$out/pretrain/last.pt" "$weights"
     stage probes probes probe match rank knn segment svm
-    local transfer=(--weights "$weights" --data-root "$voc" --max-steps 20 --log-every 5)
+    local transfer=(--weights "$weights" --data-root "$voc" --max-steps 20)
     stage detect detect/results.json on_all densecl.detect "${transfer[@]}" --batch-size $((2 * gpus)) "${detect[@]}" --out "$out/detect"
     stage segment segment/results.json on_all densecl.segment "${transfer[@]}" --batch-size $((2 * gpus)) "${segment[@]}" --out "$out/segment"
     stage doctor pretrain/doctor.png go python -m densecl.doctor "$out/pretrain"

@@ -7,13 +7,15 @@
 
 reference    float32, contiguous memory format, the reference loss with all logits, a moving average
              and SGD in a loop over the parameters
-fp32, bf16   channels_last, the chunked loss, everything else as the trainer does it
+contiguous   float32, contiguous memory format, everything else as the trainer does it
+fp32, bf16   the same with channels_last, as in the presets
 mocov2 ...   the same without the dense head and the dense loss
 
 Every variant takes one step, then every variant once more, each time in another order, so that
 other load slows all of them alike. Seconds are medians; a ratio is the median over the rounds of
 the ratio within a round. Images are random numbers: loading is not measured. The parts are measured
-in rounds of their own, since on CUDA each of them has to wait for the device.
+in rounds of their own, since on CUDA each of them has to wait for the device. cuDNN chooses its
+fastest algorithms, as in a run.
 Memory: on CUDA the peak that one variant allocates, on the CPU that of a fresh process with its
 libraries (blank on systems that do not report it). Prints two tables and one line of JSON.
 """
@@ -34,6 +36,8 @@ import densecl.model
 from densecl.encoder import Encoder, build_backbone
 from densecl.model import DenseCL, MoCo
 from densecl.queue import Queue
+from densecl.runtime.distributed import init_distributed
+from densecl.runtime.io import UsageError
 
 PARTS = (
     *("query forward", "EMA", "key forward", "match", "losses", "queue"),
@@ -67,7 +71,8 @@ class Variant:
         self.reference = name == "reference"
         self.amp = "bf16" in name
         self.device = torch.device(options.device)
-        self.memory_format = torch.contiguous_format if self.reference else torch.channels_last
+        contiguous = name in ("reference", "contiguous")
+        self.memory_format = torch.contiguous_format if contiguous else torch.channels_last
         self.model = self.build_model(dense="mocov2" not in name, options=options)
         if "compiled" in name:
             self.model.encoder_q.compile()
@@ -157,7 +162,7 @@ def variant_names(options):
     """The variants to measure, the reference first."""
     types = ["fp32", "bf16"] if options.bf16 else ["fp32"]
     compiled = [f"{name} compiled" for name in types if options.compile]
-    return ["reference", *types, *compiled, *(f"mocov2 {name}" for name in types)]
+    return ["reference", "contiguous", *types, *compiled, *(f"mocov2 {name}" for name in types)]
 
 
 def peak_memory(options):
@@ -172,8 +177,10 @@ def peak_memory(options):
 
 def peak_memory_in_subprocess(name):
     command = [sys.executable, *sys.argv, "--only", name]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(result.stdout)
+    result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise SystemExit(f"step.py: no peak memory of {name}, see above; --no-memory skips it")
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def measure_rounds(variants, rounds, measure):
@@ -274,7 +281,7 @@ def parse_options():
     add("--rounds", type=int, default=9, help="steps of each variant")
     add("--rounds-of-parts", type=int, default=3, help="steps whose parts are timed")
     add("--threads", type=int, default=0, help="CPU threads; 0: torch decides")
-    add("--device", default="cpu", help="cpu or cuda")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--bf16", action=switch, default=True, help="measure bf16; slow on a CPU without it")
     add("--compile", action="store_true", help="measure torch.compile of the encoders")
     add("--no-memory", action="store_true", help="skip the peak memory, one process per variant")
@@ -282,11 +289,21 @@ def parse_options():
     return parser.parse_args()
 
 
+def set_up_device(device):
+    """What a run does before its first step."""
+    try:
+        init_distributed(device)
+    except UsageError as e:
+        raise SystemExit(f"step.py: {e}") from None
+    torch.backends.cudnn.benchmark = device == "cuda"
+
+
 def main():
     """Measure and print."""
     options = parse_options()
     if options.threads:
         torch.set_num_threads(options.threads)
+    set_up_device(options.device)
     if options.only:
         print(json.dumps(peak_memory(options)))
         return
