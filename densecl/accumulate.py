@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .data.loader import micro_batches, to_device
+from .hooks import check_output, forward_arguments
 from .model import set_micro_batch
 from .runtime import distributed
 
@@ -34,7 +35,9 @@ def forward_pass(state: Any, forward: nn.Module, batch: dict) -> dict[str, Any]:
     batch = to_device(batch, state.device, memory_format)
     dtype = AMP_DTYPES.get(config.amp)
     with torch.autocast(state.device.type, dtype, enabled=dtype is not None):
-        return forward(*(batch.get(key) for key in state.model.batch_keys))
+        out = forward(*forward_arguments(state.model, batch, state.device))
+    check_output(out)
+    return out
 
 # %% ../nbs/08c_accumulate.ipynb #cc8599e5
 def summarize_outputs(out: dict[str, Any]) -> dict[str, Tensor]:

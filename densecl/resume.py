@@ -378,15 +378,25 @@ def option_changes(saved: Mapping[str, Any], config: Config, images: int) -> lis
     return changes
 
 
-def check_checkpoint(saved: Mapping[str, Any], config: Config, data: Mapping[str, Any]) -> None:
+def check_checkpoint(
+    saved: Mapping[str, Any],
+    config: Config,
+    data: Mapping[str, Any],
+    hooks: Mapping[str, str] | None = None,
+) -> None:
     """Raise `UsageError` when a checkpoint is of another run; print what has changed in this one.
 
     Args:
         saved: the checkpoint
         config: the config of this run
         data: the fingerprint of the data given now
+        hooks: descriptions of what was given to `train`, see `describe_hooks`
     """
     check_resumable(saved["config"], config)
+    hooks = hooks or {}
+    stored = dict.fromkeys(hooks, "none") | (saved.get("hooks") or {})
+    remedy = "give train the same parts, another --out, or --resume never"
+    checkpoint.check_same_run(stored, dict(hooks), (), _source_option(config), remedy)
     before, now = upgrade_config(saved["config"]), upgrade_config(asdict(config))
     remarks = check_same_data(
         saved.get("data"),
@@ -403,13 +413,16 @@ def check_checkpoint(saved: Mapping[str, Any], config: Config, data: Mapping[str
         checkpoint.print_on_rank0(remark)
 
 # %% ../nbs/16_resume.ipynb #c034
-def find_checkpoint(config: Config, data: Mapping[str, Any]) -> dict[str, Any] | None:
+def find_checkpoint(
+    config: Config, data: Mapping[str, Any], hooks: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
     """Load the checkpoint that --resume selects; None for a run from scratch. A collective.
 
     Args:
         config: the config of the run; raises `UsageError` on all ranks when the checkpoint cannot
             be read or is that of another run, or when the ranks differ
         data: the fingerprint of this rank's data
+        hooks: descriptions of what was given to `train` on this rank, see `describe_hooks`
     """
     saved = None
     with distributed.raise_on_all_ranks():
@@ -417,8 +430,8 @@ def find_checkpoint(config: Config, data: Mapping[str, Any]) -> dict[str, Any] |
             saved = checkpoint.load_newest(config.out, checkpoint.print_on_rank0)
         elif config.resume != "never":
             saved = checkpoint.load_checkpoint(config.resume)
-    check_ranks(config, data, step=saved["step"] if saved else 0)
+    check_ranks(config, data, step=saved["step"] if saved else 0, **(hooks or {}))
     with distributed.raise_on_all_ranks():
         if saved:
-            check_checkpoint(saved, config, data)
+            check_checkpoint(saved, config, data, hooks)
     return saved

@@ -4,36 +4,50 @@
 
 # %% auto #0
 __all__ = ['build_model', 'TrainState', 'recovery_advice', 'check_losses', 'checkpoint_state', 'resume_run', 'step_seed',
-           'set_schedules', 'train_step', 'setup_device', 'choose_arithmetic', 'wrap_model', 'step_figure', 'add_step',
-           'diagnostics', 'log_fields', 'should_run', 'run_probes', 'save_before_after', 'count_steps', 'train']
+           'set_schedules', 'end_warmups', 'train_step', 'setup_device', 'choose_arithmetic', 'wrap_model',
+           'log_fields', 'should_run', 'build_probes', 'run_steps', 'open_state', 'train']
 
 # %% ../nbs/09_trainer.ipynb #c004
+import copy
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from .accumulate import accumulate_gradients
-from .augment import seeded
-from .config import Config, learning_rate
-from .correspondence import ground_truth_match, mean_pairwise_cosine
-from .data.dataset import HELD_OUT_PHOTOS, TileSource
+from .config import Config
 from densecl.data.loader import (
     CorruptImageCounter,
-    DataWaitMonitor,
+    KeyedDataset,
     build_loader,
+    count_steps,
     next_batch,
-    to_device,
 )
-from .doctor import CollapseMonitor
 from .encoder import Encoder, build_backbone
-from .evaluate.correspondence import batch_figure, match_figure, probe_views
-from .evaluate.probes import format_line, open_views, run_probe
+from densecl.hooks import (
+    Hooks,
+    check_gradients,
+    check_hooks,
+    config_of_model,
+    describe_hooks,
+    forward_arguments,
+    make_optimizer,
+    set_learning_rates,
+)
+from densecl.measurements import (
+    RunProbes,
+    add_step,
+    build_monitors,
+    diagnostics,
+    step_figure,
+)
 from .model import DenseCL, MoCo
 from .optimizers import build_optimizer, create_momentum_, load_optimizer_
+from .queue import Queue
 from .resume import find_checkpoint, open_training_views
 from .runtime import distributed
 from .runtime.checkpoint import RunWriter, print_on_rank0
@@ -42,9 +56,6 @@ from .runtime.metrics import Meter, check_finite, gradient_norm
 from .runtime.signals import StopSignal, raise_stopped
 from .runtime.workers import iter_batches
 from .variants import POSITIVES, DenseCLVariant, match_geometry
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 from .weights.initial import load_initial_
 
 # %% ../nbs/09_trainer.ipynb #c009
@@ -81,28 +92,37 @@ class TrainState:
     Args:
         config: the config of the run
         device: device of the model
+        hooks: what is used in place of the config's model, optimizer and schedule
 
     Attributes:
         step: number of steps done
         saved_step: step of the last checkpoint; 0: there is none
-        opened: the data of the run's probes, see `run_probe`
         data: fingerprint of the data (`resume.source_fingerprint`); None: not known
+        descriptions: of the hooks, see `describe_hooks`
+        untrained: the initial encoder of a model in `hooks`, if a probe needs it
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, hooks: Hooks | None = None) -> None:
         self.config = config
         self.device = device
+        self.hooks = hooks = hooks or Hooks()
         self.step = 0
         self.saved_step = 0
-        self.opened: dict = {}
         self.data: dict[str, Any] | None = None
-        self.model = build_model(config).to(device)
+        self.descriptions: dict[str, str] = {}
+        model = build_model(config) if hooks.model is None else hooks.model
+        wanted = hooks.model is not None and "match" in config.probe
+        self.untrained = copy.deepcopy(model.encoder_q) if wanted else None
+        self.model = model.to(device)
         # of the model; a geometry warm-up exchanges them
-        self.positives = getattr(self.model, "positives", None)
+        self.positives = getattr(model, "positives", None)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(config, parameters)
+        if hooks.optimizer is None:
+            self.optimizer = build_optimizer(config, parameters)
+        else:
+            self.optimizer = make_optimizer(hooks.optimizer, parameters)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         if self.scaler.is_enabled():
             create_momentum_(self.optimizer)
@@ -116,6 +136,7 @@ class TrainState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "hooks": self.descriptions,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -177,7 +198,7 @@ def resume_run(state: TrainState, meter: Meter, corrupt: CorruptImageCounter) ->
         meter: changed in place
         corrupt: changed in place
     """
-    saved = find_checkpoint(state.config, state.data)
+    saved = find_checkpoint(state.config, state.data, state.descriptions)
     if saved:
         state.load_state_dict(saved)
         meter.load_state_dict(saved.get("meter", {}), state.device)
@@ -204,15 +225,24 @@ def set_schedules(state: TrainState, steps_per_epoch: int) -> None:
         steps_per_epoch: number of steps per epoch
     """
     config = state.config
-    lr = learning_rate(config, state.step, steps_per_epoch)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
+    set_learning_rates(state.optimizer, state.hooks, config, state.step, steps_per_epoch)
     if isinstance(state.model, DenseCL):
         warm = state.step >= config.lambda_warmup
         state.model.loss_lambda = config.loss_lambda if warm else 0.0
         if config.geometry_warmup:
             warm = state.step >= config.geometry_warmup
             state.model.positives = state.positives if warm else match_geometry
+
+
+def end_warmups(state: TrainState) -> None:
+    """Set lambda and the positives to those after the warm-ups.
+
+    Args:
+        state: its model is changed
+    """
+    if isinstance(state.model, DenseCL):
+        state.model.loss_lambda = state.config.loss_lambda
+        state.model.positives = state.positives
 
 # %% ../nbs/09_trainer.ipynb #c023
 def train_step(state: TrainState, forward: nn.Module, batch: dict, steps_per_epoch: int) -> dict:
@@ -232,6 +262,8 @@ def train_step(state: TrainState, forward: nn.Module, batch: dict, steps_per_epo
     torch.manual_seed(step_seed(config.seed, state.step))
     state.optimizer.zero_grad(set_to_none=True)
     out = accumulate_gradients(state, forward, batch)
+    if state.hooks.model is not None and distributed.world_size() > 1:
+        check_gradients(state.model)
     state.scaler.unscale_(state.optimizer)
     out["grad_norm"] = gradient_norm(state.optimizer)
     state.scaler.step(state.optimizer)
@@ -294,72 +326,25 @@ def _check_deterministic(config: Config, device: torch.device) -> None:
         )
 
 # %% ../nbs/09_trainer.ipynb #c028
-def wrap_model(model: MoCo, config: Config) -> nn.Module:
+def wrap_model(model: nn.Module, config: Config) -> nn.Module:
     """Compile the encoders on request, and wrap the model in DDP when there are several processes.
+
+    A model without encoders is compiled as a whole.
 
     Args:
         model: on its device; changed in place
         config: the config of the run
     """
     if config.compile:
-        model.encoder_q.compile()
-        model.encoder_k.compile()
+        names = [name for name in ("encoder_q", "encoder_k") if hasattr(model, name)]
+        for module in [getattr(model, name) for name in names] or [model]:
+            module.compile()
     if config.bn == "sync":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces the layers in place
     if distributed.world_size() == 1:
         return model
     distributed.broadcast_(model.buffers())  # the same queues on all ranks, once
     return distributed.average_gradients(model, config.deterministic)
-
-# %% ../nbs/09_trainer.ipynb #c032
-def step_figure(batch: dict, out: dict, device: torch.device) -> "Figure | None":
-    """Figure of the matches of a step; None for MoCo-v2, which has none.
-
-    Args:
-        batch: the batch of the step
-        out: a result of `train_step`
-        device: device of the model
-    """
-    return batch_figure(to_device(batch, device), out) if "match" in out else None
-
-# %% ../nbs/09_trainer.ipynb #c034
-def add_step(meter: Meter, out: dict[str, Any], batch: dict[str, Any]) -> None:
-    """Add the losses and matches of a step to the meter.
-
-    Args:
-        meter: changed in place
-        out: a result of `train_step`; raises `UsageError` when it lacks a field
-        batch: the batch of the step; without `affine_q`, matches are not counted
-    """
-    required = ("loss", "loss_global", "q", "k", "f") + (("grid",) if "match" in out else ())
-    missing = [name for name in required if name not in out]
-    if missing:
-        raise UsageError(
-            f"{', '.join(missing)}: not in what the model returned ({', '.join(out)}); a model "
-            "returns a dict with " + ", ".join(required)
-        )
-    parts = [out[name] for name in ("loss_global", "loss_dense") if name in out]
-    images = len(batch["im_q"]) * distributed.world_size()
-    meter.add(out["loss"], out["grad_norm"], parts, images)
-    if "match" in out and "affine_q" in batch:
-        truth = ground_truth_match(batch["affine_q"], batch["affine_k"], *out["grid"])  # N x hw
-        meter.add_matches(out["match"], truth)
-
-
-def diagnostics(model: MoCo, out: dict[str, Any]) -> dict[str, float | None]:
-    """Mean cosines of queries, positives, negatives and positions, on this rank.
-
-    Args:
-        model: its queue contains the negatives
-        out: a result of `train_step`
-    """
-    q, k = out["q"], out["k"]  # N x dim
-    return {
-        "pos": float((q * k).sum(1).mean()),
-        "neg": float(q.mean(0) @ model.queue.keys.mean(1)),
-        "alike": float(mean_pairwise_cosine(out["r"])) if "r" in out else None,
-        "alike_backbone": float(mean_pairwise_cosine(out["f"])),
-    }
 
 # %% ../nbs/09_trainer.ipynb #c037
 def log_fields(state: TrainState, steps_per_epoch: int, corrupt: CorruptImageCounter) -> dict:
@@ -374,11 +359,12 @@ def log_fields(state: TrainState, steps_per_epoch: int, corrupt: CorruptImageCou
     """
     config = state.config
     count = distributed.all_reduce_sum(torch.tensor(corrupt.count))
+    queue, enqueued = getattr(state.model, "queue", None), state.step * config.batch_size
     fields = {
         "step": state.step,
         "epoch": (state.step - 1) // steps_per_epoch,
         "lr": state.optimizer.param_groups[0]["lr"],
-        "queue_fill": min(1.0, state.step * config.batch_size / config.queue_len),
+        "queue_fill": min(1.0, enqueued / config.queue_len) if isinstance(queue, Queue) else None,
         "bad": int(count),
     }
     if state.scaler.is_enabled():
@@ -396,114 +382,135 @@ def should_run(every: int, step: int, last: int) -> bool:
     """
     return step == last or (every > 0 and step % every == 0)
 
-# %% ../nbs/09_trainer.ipynb #c044
-def run_probes(state: TrainState, writer: RunWriter, meter: Meter) -> None:
-    """Run the probes of config.probe on rank 0, and log and print their results.
-
-    After the last step, the probe `match` also saves a figure: before and after training.
+# %% ../nbs/09_trainer.ipynb #1ab232b9
+def build_probes(state: TrainState) -> RunProbes:
+    """The probes of a run.
 
     Args:
-        state: the state after the step
-        writer: writer of the run
-        meter: its clock stops meanwhile
+        state: before its first step
     """
-    if not writer.active:
-        return
-    config, names, opened = state.config, state.config.probe.split(","), state.opened
-    with meter.paused(), seeded(config.seed, state.step):
-        for name in names:
-            encoder = state.model.encoder_q
-            results = run_probe(encoder, name, config.probe_root, config.image_size, opened)
-            writer.write_probe(state.step, name, results)
-            writer.message(f"step {state.step}, {name}, {format_line(results)}")
-        if state.step == writer.last_step and "match" in names:
-            views = opened[open_views]
-            if config.probe_root:
-                views = probe_views(TileSource(HELD_OUT_PHOTOS), config.image_size)
-            save_before_after(state, writer, views)
 
+    def untrained() -> nn.Module:
+        if state.hooks.model is not None:
+            return state.untrained
+        return build_model(state.config).encoder_q  # the same seed: the initial network
 
-def save_before_after(state: TrainState, writer: RunWriter, views: dict[str, Tensor]) -> None:
-    """Save a figure of the matches in held-out views, before and after training.
+    return RunProbes(state.config, state.model, untrained)
+
+# %% ../nbs/09_trainer.ipynb #c047
+def run_steps(
+    state: TrainState,
+    views: Dataset,
+    writer: RunWriter,
+    meter: Meter,
+    corrupt: CorruptImageCounter,
+    stop_signal: StopSignal,
+) -> None:
+    """Train to the last step of the run, or until a signal arrives. A collective.
 
     Args:
-        state: the state after the last step
+        state: changed in place
+        views: dataset of view pairs
         writer: writer of the run
-        views: from `probe_views`
+        meter: what was measured since the last row
+        corrupt: the corrupt images of this rank, changed in place
+        stop_signal: checked once per step
     """
-    encoder = state.model.encoder_q
-    untrained = build_model(state.config).encoder_q  # the same seed: the initial network
-    path = writer.folder / "matches" / "before_after.png"
-    match_figure({"before": untrained.to(state.device), "after": encoder}, views).savefig(path)
-    writer.message(f"look at {path}")
+    config, last = state.config, writer.last_step
+    steps_per_epoch, _ = count_steps(config, len(views))
+    monitors, probes = build_monitors(config, state.model), build_probes(state)
+    if config.probe and state.step == 0:
+        probes.run(0, writer, meter)
+    forward = wrap_model(state.model, config)
+    batches = iter_batches(build_loader(config, views, state.step, last), config.timeout)
+    state.model.train()
+    while state.step < last:
+        batch = next_batch(batches, meter)
+        corrupt.add(batch["bad"], len(batch["im_q"]))
+        out = train_step(state, forward, batch, steps_per_epoch)
+        add_step(meter, out, batch)
+        stopping = stop_signal.any_rank() and state.step < last
+        if should_run(config.log_every, state.step, last):
+            check_losses(state, meter)
+            row = log_fields(state, steps_per_epoch, corrupt)
+            row |= meter.row(diagnostics(state.model, out))
+            writer.write_row(row)
+            for monitor in monitors:
+                monitor.update(row, writer.message)
+            meter = Meter()
+        if config.probe and should_run(config.probe_every, state.step, last):
+            probes.run(state.step, writer, meter)
+        if stopping or should_run(config.save_every, state.step, last):
+            with meter.paused():
+                figure = step_figure(batch, out, state.device) if writer.active else None
+                writer.save(checkpoint_state(state, meter, corrupt), figure)
+        if stopping:
+            break
 
-# %% ../nbs/09_trainer.ipynb #c046
-def count_steps(config: Config, images: int) -> tuple[int, int]:
-    """Steps per epoch, and the last step of the run.
+# %% ../nbs/09_trainer.ipynb #4c282e7d
+def open_state(config: Config, device: torch.device, hooks: Hooks, views: Dataset) -> TrainState:
+    """The state of a run before its first step. A collective.
 
     Args:
         config: the config of the run
-        images: length of the dataset; raises `UsageError` when it is less than one batch
+        device: of this process
+        hooks: the arguments of `train`; raises `UsageError` on all ranks when the views lack what
+            the model takes
+        views: dataset of view pairs
     """
-    steps_per_epoch = images // config.batch_size
-    if not steps_per_epoch:
-        raise UsageError(
-            f"--batch-size {config.batch_size}: more than the {images} images of the dataset; "
-            "each step needs a complete batch"
-        )
-    steps = config.epochs * steps_per_epoch
-    return steps_per_epoch, min(steps, config.max_steps or steps)
+    with distributed.raise_on_all_ranks():
+        if hooks.model is not None:
+            first = KeyedDataset(views, config.seed)[0, 0, 0]
+            forward_arguments(hooks.model, first, device)
+    state = TrainState(config, device, hooks)
+    steps_per_epoch, _ = count_steps(config, len(views))
+    described = (hooks, state.model, state.optimizer, config, steps_per_epoch)
+    state.descriptions = describe_hooks(*described)
+    return state
 
-# %% ../nbs/09_trainer.ipynb #c047
-def train(config: Config, views: Dataset | None = None) -> MoCo:
+# %% ../nbs/09_trainer.ipynb #4544492f
+def train(
+    config: Config,
+    views: Dataset | None = None,
+    model: nn.Module | None = None,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    schedule: Callable[[Config, int, int], float] | None = None,
+    log: Callable[[dict[str, Any]], Any] | None = None,
+) -> nn.Module:
     """Train a model and return it; rank 0 writes the run folder config.out.
 
     Args:
         config: the config of the run
-        views: dataset of view pairs, each (im_q, im_k) or a dict with both; None: two views of
-            the images of config.data_root
+        views: dataset of images or of view pairs, see `build_views`; None: two views of the images
+            of config.data_root
+        model: a module whose forward takes the entries of a batch that its `batch_keys` names
+            (im_q and im_k by default), and returns a dict with `loss`; trained in place. None: the
+            model of the config
+        optimizer: a function, list of parameters -> optimizer; its learning rates are the highest
+            ones of the schedule. None: `build_optimizer` of the config
+        schedule: a function, (config, step, steps_per_epoch) -> learning rate. None:
+            `learning_rate` of the config
+        log: a function that is called on rank 0 with each row of metrics.jsonl, a dict; an
+            exception in it is reported and does not end the run. None: no call
     """
-    device = setup_device(config)
+    device, hooks = setup_device(config), Hooks(model, optimizer, schedule, log)
+    with distributed.raise_on_all_ranks():
+        check_hooks(hooks)
+        config = config_of_model(config, model)
     config = choose_arithmetic(config, device)
     views, data = open_training_views(config, views)
-    state = TrainState(config, device)
+    _, last = count_steps(config, len(views))
+    state = open_state(config, device, hooks, views)
     state.data = data
-    meter = Meter()
-    corrupt = CorruptImageCounter(config)
-    monitors = (DataWaitMonitor(config), CollapseMonitor(config))
+    meter, corrupt = Meter(), CorruptImageCounter(config)
     resume_run(state, meter, corrupt)
-    steps_per_epoch, last = count_steps(config, len(views))
-    writer = RunWriter(config.out, asdict(config), state.step, last, config.keep_checkpoints)
+    keep = config.keep_checkpoints
+    writer = RunWriter(config.out, asdict(config), state.step, last, keep, log)
     with writer, StopSignal() as stop_signal:
-        if config.probe and state.step == 0:
-            run_probes(state, writer, meter)
-        forward = wrap_model(state.model, config)
-        batches = iter_batches(build_loader(config, views, state.step, last), config.timeout)
-        state.model.train()
-        while state.step < last:
-            batch = next_batch(batches, meter)
-            corrupt.add(batch["bad"], len(batch["im_q"]))
-            out = train_step(state, forward, batch, steps_per_epoch)
-            add_step(meter, out, batch)
-            stopping = stop_signal.any_rank() and state.step < last
-            if should_run(config.log_every, state.step, last):
-                check_losses(state, meter)
-                row = log_fields(state, steps_per_epoch, corrupt)
-                row |= meter.row(diagnostics(state.model, out))
-                writer.write_row(row)
-                for monitor in monitors:
-                    monitor.update(row, writer.message)
-                meter = Meter()
-            if config.probe and should_run(config.probe_every, state.step, last):
-                run_probes(state, writer, meter)
-            if stopping or should_run(config.save_every, state.step, last):
-                with meter.paused():
-                    figure = step_figure(batch, out, device) if writer.active else None
-                    writer.save(checkpoint_state(state, meter, corrupt), figure)
-            if stopping:
-                break
+        run_steps(state, views, writer, meter, corrupt, stop_signal)
         if corrupt.count:
             writer.message(corrupt.summary())
+    end_warmups(state)
     if state.step < last:
         raise_stopped(stop_signal.received, state.step, config.out)
     return state.model

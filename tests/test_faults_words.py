@@ -26,9 +26,9 @@ from densecl.encoder import Encoder
 from densecl.evaluate.__main__ import main as run_evaluate
 from densecl.evaluate.features import load_network
 from densecl.evaluate.stereo import open_stereo_pair, stereo_probe
+from densecl.hooks import check_output
 from densecl.runtime.io import UsageError, run_command
-from densecl.runtime.metrics import Meter
-from densecl.trainer import add_step, train
+from densecl.trainer import train
 from densecl.transfer.initialization import resolve_weights
 from densecl.weights import backbone_state_dict, find_state_dict, formats, hub
 from densecl.weights.__main__ import main
@@ -489,10 +489,8 @@ def test_views_that_are_no_pairs_end_in_one_line_and_write_nothing(what, tmp_pat
 
 
 def test_a_model_that_returns_too_little_and_a_backbone_of_another_shape_are_named():
-    with pytest.raises(
-        UsageError, match=r"q, k, f: not in what the model returned \(loss, loss_gl"
-    ):
-        add_step(Meter(), {"loss": torch.ones(()), "loss_global": torch.ones(())}, {})
+    with pytest.raises(UsageError, match="returned a dict with loss_global; .* with loss, a 0-dim"):
+        check_output({"loss_global": torch.ones(())})
     pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     for backbone in (pooled, nn.Conv2d(3, 9, 3), nn.Sequential()):
         with pytest.raises(ValueError, match="expects N x 8 x h x w"):

@@ -34,7 +34,7 @@ LAYERS = [
     ["weights"],
     ["visualize"],
     ["evaluate"],
-    ["resume", "doctor", "accumulate", "trainer", "cost", "train"],
+    ["resume", "doctor", "measurements", "accumulate", "trainer", "cost", "train"],
     ["transfer"],
     ["segment", "detect", "show", "__init__", "__main__"],
 ]
@@ -186,7 +186,7 @@ def test_lines_of_code_are_counted():
 # longer than 30 lines today, and not to grow: a function that is split leaves this list
 LONG_FUNCTIONS = {
     "evaluate.classification.linear_probe": 31,
-    "trainer.train": 45,
+    "trainer.run_steps": 38,
 }
 
 

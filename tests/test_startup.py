@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from densecl import trainer
+from densecl import measurements, trainer
 from densecl.data import loader
 from densecl.evaluate import probes
 from densecl.runtime import metrics
@@ -30,7 +30,7 @@ def tiny(make_images, tmp_path):
 
 def test_the_views_of_the_probes_are_made_once_per_run(tiny, monkeypatch):
     made, probe_views = [], probes.probe_views
-    for module in (probes, trainer):
+    for module in (probes, measurements):
         monkeypatch.setattr(
             module, "probe_views", lambda *args: made.append(args) or probe_views(*args)
         )
@@ -54,7 +54,7 @@ def test_rates_leave_probes_and_checkpoints_out(tiny, monkeypatch):
     clock = SimpleNamespace(perf_counter=now, thread_time=time.thread_time)
     for module in (loader, metrics):
         monkeypatch.setattr(module, "time", clock)
-    for owner, name in ((trainer, "run_probe"), (trainer.RunWriter, "save")):
+    for owner, name in ((measurements, "run_probe"), (trainer.RunWriter, "save")):
         monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
     trainer.train(replace(tiny, probe="match", probe_every=1, save_every=1, log_every=2))
     rows = [

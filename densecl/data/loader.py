@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KeyedDataset', 'pair_to_sample', 'check_pair', 'augment_config', 'view_pipeline', 'SeededViews', 'build_views',
            'normalize_on_device', 'color_on_device', 'to_device', 'stack_images', 'collate', 'ReadAheadDataset',
-           'read_ahead', 'build_loader', 'micro_batches', 'CorruptImageCounter', 'next_batch', 'loading_problem',
-           'DataWaitMonitor']
+           'read_ahead', 'build_loader', 'count_steps', 'micro_batches', 'CorruptImageCounter', 'next_batch',
+           'loading_problem', 'DataWaitMonitor']
 
 # %% ../../nbs/data/09_loader.ipynb #c002
 import os
@@ -340,6 +340,23 @@ def build_loader(config: Config, views: Any, first: int, last: int) -> DataLoade
         collate_fn=collate,
         **worker_options(config.workers),
     )
+
+# %% ../../nbs/data/09_loader.ipynb #50722cdc
+def count_steps(config: Config, images: int) -> tuple[int, int]:
+    """Steps per epoch, and the last step of the run.
+
+    Args:
+        config: the config of the run
+        images: length of the dataset; raises `UsageError` when it is less than one batch
+    """
+    steps_per_epoch = images // config.batch_size
+    if not steps_per_epoch:
+        raise UsageError(
+            f"--batch-size {config.batch_size}: more than the {images} images of the dataset; "
+            "each step needs a complete batch"
+        )
+    steps = config.epochs * steps_per_epoch
+    return steps_per_epoch, min(steps, config.max_steps or steps)
 
 # %% ../../nbs/data/09_loader.ipynb #d82d0128
 def micro_batches(batch: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:

@@ -285,19 +285,29 @@ class RunWriter:
         step: step from which the run starts or continues
         last_step: last step of the run
         keep: numbered checkpoints to keep
+        on_row: called with each row that was written; an exception in it is reported, and nothing
+            more
 
     Attributes:
         active: whether this rank writes
     """
 
     def __init__(
-        self, folder: Path | str, config: dict[str, Any], step: int, last_step: int, keep: int = 3
+        self,
+        folder: Path | str,
+        config: dict[str, Any],
+        step: int,
+        last_step: int,
+        keep: int = 3,
+        on_row: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.config = config
         self.step = step
         self.last_step = last_step
         self.keep = keep
+        self.on_row = on_row
+        self._failed_rows = 0
         self.active = distributed.rank() == 0 and not 0 < last_step <= step
         self._stack = ExitStack()
         self._pending: Future[None] | None = None  # the save under way
@@ -381,6 +391,15 @@ class RunWriter:
             self.wait()  # raises the error of a failed save
         with self._disk_errors():
             self.log.row(**row)
+        try:
+            if self.on_row:
+                self.on_row(dict(row))
+        except Exception as e:  # noqa: BLE001  a log that fails must not end a run of days
+            self._failed_rows += 1
+            if self._failed_rows == 1:
+                reason = f"{type(e).__name__}: {e}".splitlines()[0][:300]
+                text = "the run goes on, and metrics.jsonl has each row"
+                self.message(f"warning: log failed at step {row['step']} ({reason}); {text}")
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Append a row of metrics and advance the progress bar.
@@ -439,6 +458,9 @@ class RunWriter:
 
     def close(self) -> None:
         """Finish the last save, and release the folder."""
+        if self._failed_rows:
+            self.message(f"warning: log failed for {self._failed_rows} rows")
+            self._failed_rows = 0
         try:
             self.wait()
         finally:

@@ -9,7 +9,7 @@ __all__ = ['MAX_PENDING', 'Meter', 'peak_memory', 'cores_per_process', 'gradient
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .io import RunError, launch
+from .io import RunError, UsageError, launch
 
 try:
     import resource
@@ -41,7 +41,8 @@ class Meter:
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []  # per step: loss and gradient norm
-        self.loss_parts: list[Tensor] = []  # per step: global loss, and dense loss if there is one
+        self.names: tuple[str, ...] = ()  # of the parts of the loss
+        self.loss_parts: list[Tensor] = []  # per step: the parts, one number each
         self.matches: list[tuple[Tensor, Tensor]] = []  # per step: matches and ground truth
         # correct matches, and positions with a ground truth, of the steps that are not in `matches`
         self.counts = torch.zeros(2, dtype=torch.float64)
@@ -50,17 +51,25 @@ class Meter:
         self.loader_cpu = 0.0
         self.start = time.perf_counter()
 
-    def add(self, loss: Tensor, grad_norm: Tensor, parts: Iterable[Tensor], images: int) -> None:
+    def add(
+        self, loss: Tensor, grad_norm: Tensor, parts: Mapping[str, Tensor], images: int
+    ) -> None:
         """Add a step.
 
         Args:
             loss: weighted loss, 0-dim
             grad_norm: norm of the gradient, 0-dim
-            parts: global loss, and dense loss if there is one; unweighted, 0-dim
+            parts: name -> part of the loss, unweighted, 0-dim; raises `UsageError` when the names
+                are not those of the steps before
             images: number of images of the step on all ranks
         """
+        names = tuple(parts)
+        if self.losses and names != self.names:
+            before, now = ", ".join(self.names) or "none", ", ".join(names) or "none"
+            raise UsageError(f"model: the parts of the loss were {before}, and are {now} now")
+        self.names = names
         self.losses.append(torch.stack([loss.detach(), grad_norm]))
-        self.loss_parts.append(torch.stack(list(parts)))
+        self.loss_parts.append(torch.stack(list(parts.values())) if parts else loss.new_zeros(0))
         self.images += images
 
     def add_matches(self, match: Tensor, truth: Tensor) -> None:
@@ -115,10 +124,11 @@ class Meter:
         seconds = time.perf_counter() - self.start
         row = {
             "loss": float(steps[:, 0].mean()),
-            "loss_global": parts[0],
-            "loss_dense": parts[1] if len(parts) > 1 else None,
-            "match_acc": correct / visible if visible else None,
+            "loss_global": None,
+            "loss_dense": None,
         }
+        row |= dict(zip(self.names, parts))
+        row |= {"match_acc": correct / visible if visible else None}
         row |= diagnostics
         row |= {
             "grad": float(gradients.mean()) if len(gradients) else None,
@@ -130,17 +140,18 @@ class Meter:
         }
         return row
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the meter: values of all ranks together, on the CPU."""
         if not self.losses:
             return {}
         return {
             "losses": self.step_means().cpu(),
+            "names": list(self.names),
             "parts": distributed.all_reduce_mean(torch.stack(self.loss_parts)).cpu(),
             "counts": distributed.all_reduce_sum(self.count_matches()).clone(),
         }
 
-    def load_state_dict(self, state: dict[str, Tensor], device: torch.device | str) -> None:
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str) -> None:
         """Continue from a saved meter, with any number of ranks; the clock starts anew.
 
         Args:
@@ -151,6 +162,8 @@ class Meter:
             return
         self.losses = list(state["losses"].to(device))
         self.loss_parts = list(state["parts"].to(device))
+        unnamed = ("loss_global", "loss_dense")[: state["parts"].shape[1]]  # of older versions
+        self.names = tuple(state.get("names", unnamed))
         if distributed.rank() == 0:  # counts are summed over the ranks, so rank 0 keeps them all
             self.counts = state["counts"].double()
 

@@ -87,7 +87,10 @@ def _choose_dict(content: Any, path: Path | str, average: bool) -> tuple[str, ..
         usual = place in ((), ("state_dict",), ("model",))
         return not fits, not wanted, not usual, len(place), -len(keys)
 
-    return min(found, key=rank)
+    place = min(found, key=rank)
+    if rank(place)[0]:  # nothing fits
+        formats.check_own_model(content, path)
+    return place
 
 
 def find_state_dict(

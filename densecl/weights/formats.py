@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ALLOWED_GLOBALS', 'LEGACY_TORCH_MAGIC', 'SIGNATURES', 'OTHER_SUFFIXES', 'OLD_PICKLE', 'READERS', 'EXPORT_FORMATS',
-           'DEFAULT_FORMATS', 'encode_latin1', 'ArrayUnpickler', 'detect_container', 'read_torch', 'read_pickle',
-           'read_npz', 'read_safetensors', 'read_checkpoint', 'resolve_format', 'dump_pickle', 'write_state_dict',
-           'check_output', 'run_tensors', 'timm_tensors', 'check_backbone_name']
+           'DEFAULT_FORMATS', 'OWN_BACKBONE', 'encode_latin1', 'ArrayUnpickler', 'detect_container', 'read_torch',
+           'read_pickle', 'read_npz', 'read_safetensors', 'read_checkpoint', 'resolve_format', 'dump_pickle',
+           'write_state_dict', 'check_output', 'run_tensors', 'check_own_model', 'timm_tensors', 'check_backbone_name']
 
 # %% ../../nbs/weights/01_formats.ipynb #c007
 # (module, name) of what a pickle of numpy arrays needs; numpy 2 renamed core to _core
@@ -380,6 +380,24 @@ def run_tensors(content: Any) -> dict[str, torch.Tensor] | None:
     if not isinstance(model, dict):
         return None
     return model if any(str(key).startswith("encoder_q.backbone.") for key in model) else None
+
+
+OWN_BACKBONE = "densecl.hooks:own_backbone"  # in the config of a run whose model was given
+
+
+def check_own_model(content: Any, path: Path | str) -> None:
+    """Raise `UsageError` for a checkpoint of a run whose model was given to `train`.
+
+    Args:
+        content: content of a file in which no backbone was found
+        path: path of the file
+    """
+    config = content.get("config") if isinstance(content, dict) else None
+    if isinstance(config, dict) and config.get("backbone") == OWN_BACKBONE:
+        raise UsageError(
+            f"{path}: of a run whose model was given to train, and it has no ResNet; construct the "
+            'model, and load the entry "model" of the file'
+        )
 
 
 def timm_tensors(
