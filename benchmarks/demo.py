@@ -1,97 +1,120 @@
-"""Matches on the held-out photograph after the demo's training, over several seeds and lambdas.
+"""Train the demo with several settings and seeds: matches on the photograph that was held out.
 
-    python benchmarks/demo.py --seeds 0 1 2 --lambdas 0 0.5
+    python benchmarks/demo.py --seeds 0 1 2                     # the settings of the README's table
+    python benchmarks/demo.py geometry-throughout --seeds 0     # one of them
 
-Compares the untrained network, MoCo-v2's loss alone (lambda 0) and DenseCL (lambda 0.5) after the
-same number of steps. Prints a table and, as its last line, one JSON object. An interrupted run is
-continued; the results of finished runs are read from their folders below --out.
+A finished run appends one row to benchmarks/demo.jsonl: its options, commit, seconds, and the
+match probe before and after training. A run that has its row is not repeated, and an interrupted
+run continues from its checkpoint. The last lines are the table: means over the seeds, and the
+least and the greatest value.
 """
 
 import argparse
 import json
+import shlex
+import subprocess
+import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from densecl.config import presets
-from densecl.trainer import train
+from reproduce import commit, rounded
+
+from densecl.runtime.io import UsageError, run_command
+
+# name -> options that differ from the preset; {25%} of the preset's 1200 steps
+PUBLISHED = "--lambda-warmup 0 --geometry-warmup 0"
+SETTINGS = {
+    "MoCo-v2": f"{PUBLISHED} --method mocov2",
+    "DenseCL, as published": PUBLISHED,
+    "DenseCL, lambda warm-up": "--lambda-warmup 400 --geometry-warmup 0",
+    "DenseCL, geometry warm-up 25 %": "--lambda-warmup 0 --geometry-warmup 300",
+    "DenseCL, geometry warm-up 40 %": "--lambda-warmup 0 --geometry-warmup 480",
+    "DenseCL, geometry warm-up 60 %": "--lambda-warmup 0 --geometry-warmup 720",
+    "DenseCL, positives by geometry": f"{PUBLISHED} --match geometry",
+}
+COLUMNS = {"exact": "exact", "near": "within one cell", "moved": "moved points"}
 
 
-def first_and_last_probe(folder):
+def probe_rows(folder):
     """The first and the last row of a run's match probe."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("probe") == "match"]
     return rows[0], rows[-1]
 
 
-def run(seed, loss_lambda, args):
-    """The results of a run: seed, loss_lambda, seconds, first and last probe.
+def run(name, seed, args):
+    """Train with a setting and a seed, or continue; its row.
 
     Args:
+        name: of the setting
         seed: of the run
-        loss_lambda: weight of the dense loss
         args: options of the command
     """
-    folder = Path(args.out) / f"lambda-{loss_lambda:g}-seed-{seed}"
-    path = folder / "result.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    config = replace(presets["demo"], seed=seed, loss_lambda=loss_lambda, out=str(folder))
-    config = replace(config, threads=args.threads, workers=args.workers)
+    folder = Path(args.out) / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
+    options = f"{SETTINGS[name]} {args.options} --seed {seed}".replace("  ", " ")
+    command = f"-m densecl.train demo {options} --out {folder}"
+    print(f"{name}, seed {seed}: python {command}", flush=True)
     start = time.perf_counter()
-    train(config)
-    seconds = round(time.perf_counter() - start)
-    first, last = first_and_last_probe(folder)
-    result = {"seed": seed, "loss_lambda": loss_lambda, "seconds": seconds}
-    result |= {"first": first, "last": last}
-    path.write_text(json.dumps(result))
-    return result
+    speed = ["--threads", str(args.threads), "--workers", str(args.workers)]
+    subprocess.run([sys.executable, *shlex.split(command), *speed], check=True)
+    first, last = probe_rows(folder)
+    row = {"setting": name, "seed": seed, "options": options, "commit": commit()}
+    row |= {"seconds": round(time.perf_counter() - start)}
+    row |= {"amp": json.loads((folder / "config.json").read_text())["amp"]}
+    return row | {"untrained": rounded(first), "trained": rounded(last)}
 
 
-def table_row(name, results, when, part):
-    """A line of the table, and its means by column.
+def stored_rows(path):
+    """The rows of earlier runs."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(rows):
+    """Lines of the table: mean over the seeds, least and greatest value, per setting.
 
     Args:
-        name: of the row
-        results: of the runs, one per seed
-        when: "first" or "last" probe
-        part: backbone, dense, same_cell or chance
+        rows: of the runs
     """
-    values = {key: [r[when][part][key] for r in results] for key in ("exact", "near", "moved")}
-    means = "  ".join(f"{mean(v):.3f}" for v in values.values())
-    least, greatest = min(values["moved"]), max(values["moved"])
-    line = f"{name:34} {means}   {least:.3f} .. {greatest:.3f}"
-    return line, {key: round(mean(v), 4) for key, v in values.items()}
+    title = "backbone features, held-out photograph"
+    yield f"{title:40}" + "".join(f"{text:>28}" for text in COLUMNS.values())
+    groups = {"untrained": [row["untrained"] for row in rows]}
+    for row in rows:
+        groups.setdefault(row["setting"], []).append(row["trained"])
+    for name, probes in groups.items():
+        line = f"{name} ({len(probes)} runs)"
+        cells = [[probe["backbone"][key] for probe in probes] for key in COLUMNS]
+        yield f"{line:40}" + "".join(
+            f"{f'{mean(v):.3f} ({min(v):.3f} to {max(v):.3f})':>28}" for v in cells
+        )
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = "; ".join(SETTINGS)
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"all, or some of: {names}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lambdas", type=float, nargs="+", default=[0.0, 0.5])
-    parser.add_argument("--out", default="runs/demo-seeds")
+    parser.add_argument("--options", default="", help="more options of densecl train, in quotes")
+    parser.add_argument("--out", default="runs/demo-settings", help="where the run folders are")
+    parser.add_argument("--results", default=str(Path(__file__).with_name("demo.jsonl")))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
-    args = parser.parse_args()
-    results = [run(seed, lam, args) for seed in args.seeds for lam in args.lambdas]
-    by_lambda = {lam: [r for r in results if r["loss_lambda"] == lam] for lam in args.lambdas}
-    rows = [
-        ("chance", results, "first", "chance"),
-        ("the same cell", results, "first", "same_cell"),
-        ("untrained, backbone", by_lambda[args.lambdas[0]], "first", "backbone"),
-    ]
-    for lam, runs in by_lambda.items():
-        rows.append((f"lambda {lam:g}, backbone", runs, "last", "backbone"))
-        rows.append((f"lambda {lam:g}, dense head", runs, "last", "dense"))
-    title = f"held-out matches, mean of {len(args.seeds)} seeds"
-    print(f"{title:34} exact   near  moved   moved: least .. greatest")
-    seconds = {f"{lam:g}": [r["seconds"] for r in runs] for lam, runs in by_lambda.items()}
-    summary = {"seeds": args.seeds, "seconds": seconds}
-    for row in rows:
-        line, summary[row[0]] = table_row(*row)
-        print(line)
-    print(json.dumps(summary))
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.settings if name not in SETTINGS]
+    if unknown:
+        raise UsageError(f"no setting {unknown[0]!r}; there are {names}")
+    results, wanted = Path(args.results), args.settings or list(SETTINGS)
+    for seed in args.seeds:
+        for name in wanted:
+            rows = stored_rows(results)
+            if any((row["setting"], row["seed"]) == (name, seed) for row in rows):
+                continue
+            row = run(name, seed, args)
+            with results.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+    rows = stored_rows(results)
+    print(*table([r for r in rows if r["setting"] in wanted and r["seed"] in args.seeds]), sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

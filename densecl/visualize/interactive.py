@@ -54,9 +54,14 @@ def jpeg_data_url(image: np.ndarray) -> str:
 # %% ../../nbs/visualize/01_interactive.ipynb #c010
 POINT_SCRIPT = """
   const cosine = x => d.low + x/65535*(d.high - d.low);
-  const shown = i => {
+  const show = (i, gray) => {
     const s = sides[i];
-    s.c.getContext("2d").drawImage(s.im, 0, 0, s.c.width, s.c.height);
+    const g = s.c.getContext("2d");
+    g.drawImage(s.im, 0, 0, s.c.width, s.c.height);
+    if (!gray) return;
+    g.globalCompositeOperation = "saturation"; g.fillStyle = "black";
+    g.fillRect(0, 0, s.c.width, s.c.height);
+    g.globalCompositeOperation = "source-over";
   };
   const ring = (s, cell, fill) => {
     const g = s.c.getContext("2d"), [h, w] = s.grid;
@@ -73,11 +78,11 @@ POINT_SCRIPT = """
     small.width = w; small.height = h;
     const g = small.getContext("2d"), im = g.createImageData(w, h);
     for (let j = 0; j < h*w; j++) {
-      const c = d.colors[Math.round((map[j] - low)/((high - low) || 1)*255)];
-      im.data.set([c[0], c[1], c[2], 160], 4*j);
+      const c = d.colors[Math.round(255*Math.exp((cosine(map[j]) - cosine(high))/d.temperature))];
+      im.data.set([c[0], c[1], c[2], 153], 4*j);
     }
     g.putImageData(im, 0, 0);
-    shown(0); shown(1);
+    show(i, false); show(1 - i, true);
     to.c.getContext("2d").drawImage(small, 0, 0, to.c.width, to.c.height);
     ring(from, cell, true); ring(to, best, false);
     say.textContent = `best cosine ${cosine(high).toFixed(3)}, lowest ${cosine(low).toFixed(3)}`;
@@ -140,6 +145,7 @@ def page_data(a: np.ndarray, b: np.ndarray, sim: np.ndarray) -> dict[str, Any]:
         "sim": text,
         "low": low,
         "high": high,
+        "temperature": plotting.MAP_TEMPERATURE,
         "colors": colors,
         "grid_a": sim.shape[:2],
         "grid_b": sim.shape[2:],

@@ -127,8 +127,9 @@ def _draw_point_maps(
     for i, (ax, (x, y)) in enumerate(zip(others, points)):
         color = POINT_COLORS[i % len(POINT_COLORS)]
         first.plot(*pixels[i], "o", mfc=color, mec="white", ms=9)
-        plotting.draw_similarity(ax, b, maps[int(y * h), int(x * w)])
+        overlay = plotting.draw_similarity(ax, b, maps[int(y * h), int(x * w)])
         ax.set_title(f"point {i + 1}", color=color, fontsize=10)
+    plotting.add_map_bar(others, overlay)
 
 # %% ../../nbs/visualize/02_matches.ipynb #c016
 def show_matches(

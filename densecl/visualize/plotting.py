@@ -14,10 +14,12 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 # %% auto #0
-__all__ = ['BOX_COLORS', 'CORRECT_COLOR', 'INCORRECT_COLOR', 'jpeg_figures', 'png_figures', 'new_figure', 'panels', 'show_images',
-           'draw_boxes', 'side_by_side', 'to_pixel_coordinates', 'draw_matches', 'draw_similarity', 'plot_curves']
+__all__ = ['BOX_COLORS', 'CORRECT_COLOR', 'INCORRECT_COLOR', 'MAP_TEMPERATURE', 'QUERY_COLOR', 'TRUTH_COLOR', 'jpeg_figures',
+           'png_figures', 'new_figure', 'panels', 'show_images', 'draw_boxes', 'side_by_side', 'to_pixel_coordinates',
+           'draw_matches', 'to_gray', 'map_weights', 'draw_similarity', 'add_map_bar', 'plot_curves']
 
 # %% ../../nbs/visualize/00_plotting.ipynb #c007
 def jpeg_figures() -> None:
@@ -191,24 +193,82 @@ def draw_matches(
         ax.plot([x0, x1], [y0, y1], "-o", color=color, lw=1, ms=3, alpha=0.85)
 
 # %% ../../nbs/visualize/00_plotting.ipynb #c043
-def draw_similarity(ax: Axes, image: np.ndarray, similarity_map: np.ndarray) -> None:
-    """Draw a similarity map over an image, with a ring around the most similar cell.
+MAP_TEMPERATURE = 0.1
+QUERY_COLOR = "#ff7f0e"  # orange, of the position whose map is drawn
+TRUTH_COLOR = "cyan"  # of the cross at the ground truth
+
+
+def to_gray(image: np.ndarray) -> np.ndarray:
+    """Convert an image to gray values with three equal channels.
+
+    Args:
+        image: H x W x 3, uint8
+    """
+    gray = np.asarray(image)[..., :3] @ (0.299, 0.587, 0.114)  # H x W, the weights of ITU-R BT.601
+    return np.repeat(gray.round().astype(np.uint8)[..., None], 3, 2)
+
+
+def map_weights(similarity_map: np.ndarray, temperature: float = MAP_TEMPERATURE) -> np.ndarray:
+    """Scale a similarity map for drawing: exp((s - max s) / temperature), 1 at the best cell.
+
+    Args:
+        similarity_map: h x w, cosines of one position with every cell of an image
+        temperature: difference in cosine that lowers the weight to 1/e, more than 0
+    """
+    similarity_map = np.asarray(similarity_map, np.float32)
+    return np.exp((similarity_map - similarity_map.max()) / temperature)
+
+# %% ../../nbs/visualize/00_plotting.ipynb #db6f5293
+def draw_similarity(
+    ax: Axes,
+    image: np.ndarray,
+    similarity_map: np.ndarray,
+    truth: tuple[float, float] | None = None,
+    temperature: float = MAP_TEMPERATURE,
+) -> AxesImage:
+    """Draw a similarity map over a gray image, with a ring around the most similar cell.
 
     Args:
         ax: axes to draw on
         image: H x W x 3, uint8
-        similarity_map: h x w, similarities of one position with every cell of the image
+        similarity_map: h x w, cosines of one position with every cell of the image
+        truth: (x, y) of the correct position in the unit square of the image, drawn as a cross
+        temperature: of `map_weights`
+
+    Returns:
+        The drawn map, with values from 0 to 1, for `add_map_bar`.
     """
     H, W = image.shape[:2]
     h, w = similarity_map.shape
-    ax.imshow(image)
+    ax.imshow(to_gray(image))
     extent = (-0.5, W - 0.5, H - 0.5, -0.5)  # left, right, bottom, top
-    ax.imshow(similarity_map, extent=extent, cmap="inferno", alpha=0.6, interpolation="bilinear")
-    row, col = np.unravel_index(np.argmax(similarity_map), similarity_map.shape)
-    x = (col + 0.5) * W / w - 0.5
-    y = (row + 0.5) * H / h - 0.5
+    weights = map_weights(similarity_map, temperature)
+    style = {"cmap": "inferno", "alpha": 0.6, "interpolation": "bilinear", "vmin": 0, "vmax": 1}
+    overlay = ax.imshow(weights, extent=extent, **style)
+    row, col = np.unravel_index(np.argmax(weights), weights.shape)
+    ((x, y),) = to_pixel_coordinates([((col + 0.5) / w, (row + 0.5) / h)], image)
     ax.plot(x, y, "o", mfc="none", mec="white", ms=10, mew=2)
+    if truth is not None:
+        ax.plot(*to_pixel_coordinates([truth], image)[0], "+", mec=TRUTH_COLOR, ms=12, mew=2)
     ax.set_axis_off()
+    return overlay
+
+
+def add_map_bar(
+    axes: Sequence[Axes], overlay: AxesImage, temperature: float = MAP_TEMPERATURE
+) -> None:
+    """Add the color bar of similarity maps: the cosine below the best one, for each color.
+
+    Args:
+        axes: axes with maps of one temperature; the bar is drawn at their right
+        overlay: one of the maps, from `draw_similarity`
+        temperature: of the maps
+    """
+    bar = axes[0].figure.colorbar(overlay, ax=list(axes), shrink=0.8, aspect=30, pad=0.02)
+    below = np.array([0, 0.02, 0.05, 0.1, 0.2]) * temperature / 0.1
+    bar.set_ticks(np.exp(-below / temperature), labels=["0", *(f"−{d:.2g}" for d in below[1:])])
+    bar.set_label("cosine − best cosine", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
 
 # %% ../../nbs/visualize/00_plotting.ipynb #c049
 def plot_curves(rows: Sequence[dict], fields: Sequence[str], x: str = "step") -> Figure:
