@@ -19,6 +19,7 @@ from .correspondence import ground_truth_match, mean_pairwise_cosine
 from .data.dataset import HELD_OUT_PHOTOS, TileSource
 from .data.loader import DataWaitMonitor, to_device
 from .doctor import CollapseMonitor
+from .evaluate import before_after
 from .evaluate.correspondence import batch_figure, match_figure, probe_views
 from .evaluate.probes import format_line, open_views, run_probe
 from .model import MoCo
@@ -129,7 +130,8 @@ class RunProbes:
     def run(self, step: int, writer: RunWriter, meter: Meter) -> None:
         """Run the probes on rank 0, and log and print their results.
 
-        After the last step, the probe `match` also saves a figure: before and after training.
+        With the probe `match`, each call after the first saves a frame of an animation, and the
+        last one figures of the network before and after training.
 
         Args:
             step: steps done
@@ -146,6 +148,9 @@ class RunProbes:
                 )
                 writer.write_probe(step, name, results)
                 writer.message(f"step {step}, {name}, {format_line(results)}")
+            if step and "match" in names:
+                folder = writer.folder / "matches"
+                before_after.save_frame(encoder, folder, step, config.image_size)
             if step == writer.last_step and "match" in names:
                 views = self.opened[open_views]
                 if config.probe_root:
@@ -153,7 +158,9 @@ class RunProbes:
                 self._save_before_after(writer, views)
 
     def _save_before_after(self, writer: RunWriter, views: dict[str, Tensor]) -> None:
-        after, path = self.model.encoder_q, writer.folder / "matches" / "before_after.png"
+        after, folder = self.model.encoder_q, writer.folder / "matches"
         before = self.untrained().to(next(after.parameters()).device)
-        match_figure({"before": before, "after": after}, views).savefig(path)
-        writer.message(f"look at {path}")
+        networks = {"before training": before, "after training": after}
+        match_figure(networks, views).savefig(folder / "before_after_crops.png")
+        before_after.save_before_after(networks, folder, self.config.image_size)
+        writer.message(f"look at {folder / 'before_after.png'} and {folder / 'matches.html'}")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEW_A', 'VIEW_B', 'QUERY_POINTS', 'QUERY_COLORS', 'wide_views', 'query_cell', 'mutual_matches',
-           'before_after_figure', 'matches_page', 'map_frame', 'save_animation']
+           'before_after_figure', 'matches_page', 'map_frame', 'save_animation', 'wide_size', 'save_frame',
+           'save_before_after']
 
 # %% ../../nbs/evaluate/01b_before_after.ipynb #c002
 from collections.abc import Sequence
@@ -205,3 +206,47 @@ def save_animation(frames: Sequence[Path], path: Path, seconds: float = 0.4) -> 
     images = [image.quantize(64, dither=Image.Dither.NONE) for image in images]
     durations = [round(1000 * seconds)] * (len(images) - 1) + [2500]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+# %% ../../nbs/evaluate/01b_before_after.ipynb #c027
+def wide_size(image_size: int) -> int:
+    """The multiple of a training size that is nearest to 384 pixels.
+
+    A network that can encode one size can usually encode its multiples.
+
+    Args:
+        image_size: side of a view in the training, in pixels
+    """
+    return image_size * max(1, round(384 / image_size))
+
+
+def save_frame(encoder: Encoder, folder: Path, step: int, image_size: int) -> None:
+    """Write the frame of a step to folder/frames.
+
+    Args:
+        encoder: the network at this step
+        folder: the folder matches of a run
+        step: number of steps done
+        image_size: side of a view in the training, in pixels
+    """
+    (folder / "frames").mkdir(parents=True, exist_ok=True)
+    frame = map_frame(encoder, wide_views(wide_size(image_size)), f"step {step}")
+    path = folder / "frames" / f"step_{step:07d}.jpg"
+    frame.resize((520, round(520 * frame.height / frame.width)), 1).save(path, quality=90)
+
+
+def save_before_after(networks: dict[str, Encoder], folder: Path, image_size: int) -> None:
+    """Write before_after.png, matches.html, and similarity.gif of all frames.
+
+    Args:
+        networks: name -> encoder: the network before training, and the trained one
+        folder: the folder matches of a run, which exists
+        image_size: side of a view in the training, in pixels
+    """
+    first, trained = networks.values()
+    before_after_figure(networks, wide_views(wide_size(image_size))).savefig(
+        folder / "before_after.png"
+    )
+    size = image_size * max(1, 256 // image_size)
+    (folder / "matches.html").write_text(matches_page(trained, size), encoding="utf-8")
+    save_frame(first, folder, 0, image_size)
+    save_animation(sorted(folder.glob("frames/step_*.jpg")), folder / "similarity.gif")
