@@ -6,7 +6,7 @@
 __all__ = ['Match', 'COCO', 'IMAGENET', 'DEMO', 'presets', 'BACKBONES', 'STAGE_STRIDES', 'PROBE_NAMES', 'LABELED_PROBES',
            'DENSE_ONLY', 'POSITIVE_FIELDS', 'FRACTION_FIELDS', 'LARGEST_VALUES', 'TYPE_NAMES', 'RENAMED_FIELDS',
            'RENAMED_VALUES', 'Config', 'learning_rate', 'scaled_lr', 'backbone_stride', 'grid_size', 'validate_field',
-           'check_paths', 'validate_config', 'config_hints', 'upgrade_config']
+           'check_paths', 'validate_config', 'fitting_queue_len', 'config_hints', 'upgrade_config']
 
 # %% ../nbs/08_config.ipynb #c002
 import math
@@ -441,6 +441,15 @@ def _check_other_backbone(config: Config) -> None:
         raise UsageError(f"{_option(config, 'padding')}: for ResNets only")
 
 # %% ../nbs/08_config.ipynb #c052
+def fitting_queue_len(images: int) -> int:
+    """The longest queue with at most one key per image: a power of two, at most the paper's.
+
+    Args:
+        images: number of images in the data set
+    """
+    return min(COCO.queue_len, 2 ** (max(images, 1).bit_length() - 1))
+
+
 def config_hints(config: Config, preset: Config, images: int) -> list[str]:
     """Advice in whole sentences: learning rate, queue length, and grids that do not fit.
 
@@ -457,10 +466,9 @@ def config_hints(config: Config, preset: Config, images: int) -> list[str]:
             f"the linear rule suggests --lr {lr:.4g} (now {config.lr:g})"
         )
     if config.queue_len > images:
-        fits = min(8192, 2 ** int(math.log2(max(images, 2))))
         hints.append(
             f"a queue of {config.queue_len} over {images} images holds each image several times "
-            f"as its own negative: try --queue-len {fits}"
+            f"as its own negative: try --queue-len {fitting_queue_len(images)}"
         )
     return hints + _grid_hints(config)
 

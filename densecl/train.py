@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parser', 'preset_table', 'parse_args', 'run_plan', 'micro_batch_hints', 'optimizer_hints', 'print_measured',
-           'check_data', 'main']
+           'own_choices', 'check_run', 'check_together', 'main']
 
 # %% ../nbs/10_train.ipynb #c002
 import math
@@ -26,6 +26,14 @@ from densecl.config import (
 )
 from .data.dataset import image_hints, open_source
 from .data.sources import ImageSource
+from densecl.recommend import (
+    RECOMMENDED_FIELDS,
+    Choice,
+    choices_table,
+    find_device,
+    recommend,
+    stored_values,
+)
 from densecl.runtime.io import (
     Parser,
     UsageError,
@@ -64,6 +72,7 @@ def preset_table() -> str:
     for name, config in presets.items():
         run = (config.method, config.data_root, config.backbone)
         rows.append((name, *run, str(config.epochs), f"{config.lr:g}"))
+    rows.append(("own", "densecl", "--data-root", "from the images and the device", "", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     lines = ["  ".join(v.ljust(width) for v, width in zip(row, widths)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
@@ -78,12 +87,14 @@ def parse_args(argv: list[str]) -> Namespace:
     args = parser(Config()).parse_args(argv)
     if args.list:
         return args
+    # any number of processes can share the batch of `own` until its values are recommended
+    known = presets | {"own": Config(batch_size=launch().world_size)}
     if not args.preset:
-        raise UsageError(f"give a preset first: {', '.join(presets)}")
-    if args.preset not in presets:
-        guess = did_you_mean(args.preset, presets)
-        raise UsageError(f"no preset {args.preset}; there are {', '.join(presets)}{guess}")
-    args = parser(presets[args.preset]).parse_args(argv)  # again, with the preset's values
+        raise UsageError(f"give a preset first: {', '.join(known)}")
+    if args.preset not in known:
+        guess = did_you_mean(args.preset, known)
+        raise UsageError(f"no preset {args.preset}; there are {', '.join(known)}{guess}")
+    args = parser(known[args.preset]).parse_args(argv)  # again, with the preset's values
     args.config = replace(args.config, out=args.config.out or f"runs/{args.preset}")
     return args
 
@@ -203,22 +214,64 @@ def print_measured(config: Config, images: int, world_size: int = 1, first: bool
             print(cost_report(config, images, measured, world_size, loaded))
 
 # %% ../nbs/10_train.ipynb #c022a
-def check_data(config: Config) -> ImageSource:
-    """The images; raises `UsageError`, with several machines on all of them.
+def own_choices(argv: list[str], config: Config, images: int) -> list[Choice]:
+    """The values that the preset `own` recommends; raises `UsageError`.
+
+    Given options count, then the values of the run that would be continued.
 
     Args:
-        config: the config of the run
+        argv: the arguments
+        config: the config with the given options
+        images: number of images in the data set
     """
-    here, error, source = launch(), None, None
+    options = {word.split("=")[0] for word in argv}
+    given = {f: getattr(config, f) for f in RECOMMENDED_FIELDS if option_name(f) in options}
+    stored = stored_values(config)
+    init = config.init
+    if init and "backbone" not in stored | given:
+        from densecl.weights.initial import initial_backbone
+
+        init = initial_backbone(init)
+    device, world_size = find_device(config.device), launch().world_size
+    decided = {"optimizer": config.optimizer} | stored | given
+    choices = recommend(images, device, init, decided, world_size)
+    continued = stored.keys() - given.keys()
+    reason = f"of the run in {config.out}, which is continued"
+    return [c._replace(reason=reason) if c.field in continued else c for c in choices]
+
+
+def check_run(argv: list[str], args: Namespace) -> tuple[Config, list[Choice], ImageSource]:
+    """The complete config, the choices of `own`, and the images; raises `UsageError`."""
+    config, choices, world_size = args.config, [], launch().world_size
+    validate_config(config, world_size, need_data=True)
+    source = open_source(config.data_root, config.include, config.exclude)
+    if args.preset == "own":
+        choices = own_choices(argv, config, len(source))
+        config = replace(config, **{choice.field: choice.value for choice in choices})
+        validate_config(config, world_size, need_data=True)
+    if config.batch_size > len(source):
+        (why,) = [c.reason for c in choices if c.field == "batch_size"] or ["given"]
+        why = "" if why == "given" else f", {why}"
+        raise UsageError(
+            f"--batch-size {config.batch_size}{why}: more than the {len(source)} images of "
+            f"{config.data_root}"
+        )
+    return config, choices, source
+
+
+def check_together(
+    argv: list[str], args: Namespace
+) -> tuple[Config, list[Choice], ImageSource] | None:
+    """The result of `check_run`; its `UsageError` is raised on all machines.
+
+    Args:
+        argv: the arguments
+        args: from `parse_args`
+    """
+    here, error, found = launch(), None, None
     several = here.world_size > here.local_world_size
     try:
-        validate_config(config, here.world_size, need_data=True)
-        source = open_source(config.data_root, config.include, config.exclude)
-        if config.batch_size > len(source):
-            raise UsageError(
-                f"--batch-size {config.batch_size}: more than the {len(source)} images of "
-                f"{config.data_root}"
-            )
+        found = check_run(argv, args)
     except UsageError as e:
         if not several:  # all ranks find the same
             raise
@@ -226,8 +279,8 @@ def check_data(config: Config) -> ImageSource:
     if several:
         from densecl.runtime.distributed import raise_together
 
-        raise_together(error, config.device, config.timeout)
-    return source
+        raise_together(error, args.config.device, args.config.timeout)
+    return found
 
 # %% ../nbs/10_train.ipynb #c023
 def main(argv: list[str]) -> None:
@@ -236,13 +289,15 @@ def main(argv: list[str]) -> None:
     if args.list:
         print(preset_table())
         return
-    config, world_size, first = args.config, launch().world_size, launch().rank == 0
-    source = check_data(config)
-    images = len(source)
+    world_size, first = launch().world_size, launch().rank == 0
+    config, choices, source = check_together(argv, args)
+    images, preset = len(source), presets.get(args.preset, config)
     if first:
-        hints = config_hints(config, presets[args.preset], images) + optimizer_hints(config)
+        hints = config_hints(config, preset, images) + optimizer_hints(config)
         for hint in [*hints, *micro_batch_hints(config), *image_hints(source)]:
             print(f"hint: {hint}", file=sys.stderr)
+        if choices:
+            print(choices_table(choices), file=sys.stdout if config.dry_run else sys.stderr)
         if config.dry_run:
             print(run_plan(config, images, world_size), flush=True)
     if config.dry_run:

@@ -235,7 +235,7 @@ def test_help_names_every_field_with_its_text(no_torch):
 def test_list_names_every_preset(no_torch):
     got = command("--list", before=[no_torch])
     assert got.returncode == 0 and got.stderr == ""
-    assert [line.split()[0] for line in got.stdout.splitlines()[1:]] == list(presets)
+    assert [line.split()[0] for line in got.stdout.splitlines()[1:]] == [*presets, "own"]
 
 
 def test_dry_run_says_what_would_be_done_and_writes_nothing(place, no_torch):

@@ -29,7 +29,7 @@ NOTEBOOKS = sorted(
 LAYERS = [
     ["runtime"],
     ["config", "augment", "encoder", "correspondence", "queue", "loss", "model", "variants"]
-    + ["optimizers", "hooks"],
+    + ["optimizers", "recommend", "hooks"],
     ["data"],
     ["weights"],
     ["visualize"],

@@ -13,12 +13,10 @@ import os
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import presets, scaled_lr
 from .convert import convert_to_lmdb
 from densecl.data.dataset import (
     EXPECTED_SOURCE,
@@ -32,6 +30,7 @@ from .decode import one_line
 from .lmdb import verify_lmdb
 from .remote import RemoteShardSource, index_remote_shards, is_url
 from .sources import ImageSource, coco_source, list_images, warn_once
+from ..recommend import Device, choices_table, recommend
 from ..runtime.io import Parser, UsageError, run_command
 
 # %% ../../nbs/data/10_main.ipynb #c008
@@ -200,22 +199,21 @@ def describe_layout(layout: DatasetLayout, root: Path) -> list[str]:
     return lines + [describe_part(root, part) for part in layout.parts]
 
 # %% ../../nbs/data/10_main.ipynb #c020
-def suggest_command(root: Path | str, images: int, preset: str = _COCO_PRESET) -> str:
-    """The command that trains on a dataset; a small one gets a smaller batch and queue.
+def suggest_command(
+    root: Path | str, patterns: Mapping[str, str] | None = None, preset: str = ""
+) -> str:
+    """The command that trains on a dataset.
 
     Args:
         root: the dataset, as given to `--data-root`
-        images: number of images in it
-        preset: the preset to start from
+        patterns: the options --include and --exclude with their values
+        preset: preset for the complete dataset on eight GPUs; empty: `own`
     """
-    arguments = f"-m densecl.train {preset} --data-root {shlex.quote(one_line(root))}"
-    if images >= 50_000:
-        return f"torchrun --nproc_per_node=8 {arguments}"
-    batch_size = min(64, images)
-    lr = scaled_lr(replace(presets[preset], batch_size=batch_size), presets[preset])
-    queue_len = min(8192, 2 ** max(3, images.bit_length() - 1))
-    options = f"--batch-size {batch_size} --lr {lr:.4g} --queue-len {queue_len}"
-    return f"python {arguments} {options}"
+    program = "torchrun --nproc_per_node=8" if preset else "python"
+    words = f"--data-root {shlex.quote(one_line(root))}"
+    for option, value in (patterns or {}).items():
+        words += f" {option} {shlex.quote(one_line(value))}" if value else ""
+    return f"{program} -m densecl.train {preset or 'own'} {words}"
 
 # %% ../../nbs/data/10_main.ipynb #c022
 def hint_lines(source: ImageSource) -> list[str]:
@@ -227,7 +225,9 @@ def hint_lines(source: ImageSource) -> list[str]:
     return [f"hint: {hint}" for hint in image_hints(source)]
 
 
-def describe_dataset(root: Path | str, include: str = "", exclude: str = "") -> list[str]:
+def describe_dataset(
+    root: Path | str, include: str = "", exclude: str = "", device: Device | None = None
+) -> list[str]:
     """Lines that tell which dataset this is, what is missing, and how to train on it.
 
     Raises `UsageError` if it is missing or of no known kind.
@@ -236,6 +236,7 @@ def describe_dataset(root: Path | str, include: str = "", exclude: str = "") -> 
         root: a folder, a file, or a range of shards
         include: see `dataset.select_images`
         exclude: see `dataset.select_images`
+        device: device of the training; None: that of this machine
     """
     layout = None
     check_reserved_word(root)
@@ -243,11 +244,10 @@ def describe_dataset(root: Path | str, include: str = "", exclude: str = "") -> 
         layout, layout_root = recognize_layout(root)
     if not layout:
         source, kind = open_source(root, include, exclude), find_source_type(root)
-        command = suggest_command(root, len(source))
-        for option, patterns in (("--include", include), ("--exclude", exclude)):
-            command += f" {option} {shlex.quote(one_line(patterns))}" if patterns else ""
+        command = suggest_command(root, {"--include": include, "--exclude": exclude})
+        choices = choices_table(recommend(len(source), device))
         lines = [f"{kind.description}: {len(source):,} images in {one_line(root)}"]
-        return [*lines, *hint_lines(source), f"train: {command}"]
+        return [*lines, *hint_lines(source), f"train: {command}", choices]
     if not Path(root).is_absolute():
         layout_root = Path(os.path.relpath(layout_root))
     lines = describe_layout(layout, layout_root)
@@ -255,7 +255,10 @@ def describe_dataset(root: Path | str, include: str = "", exclude: str = "") -> 
     images = len(list_images(str(train_root))) if train_root.is_dir() else 0
     if images:
         lines += hint_lines(open_source(train_root))
-        lines.append(f"train: {suggest_command(train_root, images, layout.preset)}")
+        complete = images >= 50_000  # of the paper's size
+        preset = layout.preset if complete else ""
+        lines.append(f"train: {suggest_command(train_root, preset=preset)}")
+        lines += [] if complete else [choices_table(recommend(images, device))]
     return lines
 
 # %% ../../nbs/data/10_main.ipynb #c029
