@@ -27,6 +27,7 @@ from densecl.config import (
 from .data.dataset import image_hints, open_source
 from .data.sources import ImageSource
 from densecl.recommend import (
+    OWN,
     RECOMMENDED_FIELDS,
     Choice,
     choices_table,
@@ -88,7 +89,7 @@ def parse_args(argv: list[str]) -> Namespace:
     if args.list:
         return args
     # any number of processes can share the batch of `own` until its values are recommended
-    known = presets | {"own": Config(batch_size=launch().world_size)}
+    known = presets | {"own": replace(OWN, batch_size=launch().world_size)}
     if not args.preset:
         raise UsageError(f"give a preset first: {', '.join(known)}")
     if args.preset not in known:
