@@ -202,7 +202,7 @@ def estimate_sizes(config: Config, world_size: int = 1) -> dict[str, int]:
 
 def _shuffled_bytes(config: Config, model: MoCo, images: Tensor, key: Any) -> int:
     """Bytes of the key images and of the outputs that are sent back."""
-    size = 4 if config.amp == "off" else 2  # bytes per number under autocast
+    size = 2 if config.amp in ("bf16", "fp16") else 4  # bytes per number under autocast
     outputs = {name: getattr(key, name).numel() for name in model.key_outputs}
     features = outputs.pop("features", 0)  # the other outputs are normalized in float32
     return size * (images.numel() + features) + 4 * sum(outputs.values())

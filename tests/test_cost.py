@@ -83,7 +83,7 @@ def test_the_benchmark_of_a_step_runs_and_its_last_line_is_json(folder):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])["results"]
-    paths = ["reference", "fp32", "bf16", "mocov2 fp32", "mocov2 bf16"]
+    paths = ["reference", "contiguous", "fp32", "bf16", "mocov2 fp32", "mocov2 bf16"]
     assert [row["path"] for row in found] == paths
     assert all(row["parts"]["backward"] > 0 for row in found)
 
