@@ -45,6 +45,7 @@ from densecl.measurements import (
     diagnostics,
     step_figure,
 )
+from .memory import device_memory, explain_out_of_memory
 from .model import DenseCL, MoCo
 from .optimizers import build_optimizer, create_momentum_, load_optimizer_
 from .queue import Queue
@@ -97,6 +98,7 @@ class TrainState:
     Attributes:
         step: number of steps done
         saved_step: step of the last checkpoint; 0: there is none
+        memory: bytes that were free on the device before the model
         data: fingerprint of the data (`resume.source_fingerprint`); None: not known
         descriptions: of the hooks, see `describe_hooks`
         untrained: the initial encoder of a model in `hooks`, if a probe needs it
@@ -110,6 +112,7 @@ class TrainState:
         self.saved_step = 0
         self.data: dict[str, Any] | None = None
         self.descriptions: dict[str, str] = {}
+        self.memory = device_memory(device)
         model = build_model(config) if hooks.model is None else hooks.model
         wanted = hooks.model is not None and "match" in config.probe
         self.untrained = copy.deepcopy(model.encoder_q) if wanted else None
@@ -260,14 +263,15 @@ def train_step(state: TrainState, forward: nn.Module, batch: dict, steps_per_epo
     config = state.config
     set_schedules(state, steps_per_epoch)
     torch.manual_seed(step_seed(config.seed, state.step))
-    state.optimizer.zero_grad(set_to_none=True)
-    out = accumulate_gradients(state, forward, batch)
-    if state.hooks.model is not None and distributed.world_size() > 1:
-        check_gradients(state.model)
-    state.scaler.unscale_(state.optimizer)
-    out["grad_norm"] = gradient_norm(state.optimizer)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
+    with explain_out_of_memory(state, batch):
+        state.optimizer.zero_grad(set_to_none=True)
+        out = accumulate_gradients(state, forward, batch)
+        if state.hooks.model is not None and distributed.world_size() > 1:
+            check_gradients(state.model)
+        state.scaler.unscale_(state.optimizer)
+        out["grad_norm"] = gradient_norm(state.optimizer)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
     state.step += 1
     return out
 

@@ -34,7 +34,7 @@ LAYERS = [
     ["weights"],
     ["visualize"],
     ["evaluate"],
-    ["resume", "doctor", "measurements", "accumulate", "trainer", "cost", "train"],
+    ["resume", "doctor", "measurements", "accumulate", "memory", "trainer", "cost", "train"],
     ["transfer"],
     ["segment", "detect", "show", "__init__", "__main__"],
 ]

@@ -217,6 +217,8 @@ MACHINE_ERRORS = {
     r"DataLoader timed out": "the worker processes hang; check the disk that holds the data",
     r"(Cannot|can't) allocate memory": "this machine has too little memory free; "
     f"lower --batch-size, or {_WORKERS}",
+    r"CUDA.*out of memory|_ALLOC_FAILED": "the GPU has too little memory free; "
+    "lower --batch-size, or stop other programs that use it",
     r"File name too long": "give a shorter name",
 }
 
