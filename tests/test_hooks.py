@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from densecl import doctor
 from densecl.config import presets, validate_config
 from densecl.correspondence import gather_positions
 from densecl.encoder import Encoder, build_backbone
@@ -307,3 +308,11 @@ def test_a_script_with_own_parts_on_two_ranks(tmp_path):
     steps = re.findall(r"row (\d) (\d);", done.stdout)
     assert steps == [("0", str(step)) for step in (1, 2, 3, 4, 1, 2, 3, 4)]
     assert done.stdout.count("refused model: no gradient for unused.weight, unused.bias, and") == 2
+
+
+def test_the_doctor_judges_a_run_of_an_own_model(tmp_path, capsys):
+    train(replace(TINY, out=str(tmp_path)), CropViews(), SimSiam())
+    doctor.main([str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "a model of your own after 6 steps" in text and "no reference values" in text
+    assert (tmp_path / "doctor.png").exists()

@@ -34,7 +34,8 @@ LAYERS = [
     ["weights"],
     ["visualize"],
     ["evaluate"],
-    ["resume", "doctor", "measurements", "accumulate", "memory", "trainer", "cost", "train"],
+    ["resume", "run_files", "doctor"],
+    ["measurements", "accumulate", "memory", "trainer", "cost", "train"],
     ["transfer"],
     ["segment", "detect", "show", "__init__", "__main__"],
 ]
