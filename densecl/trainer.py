@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_model', 'TrainState', 'recovery_advice', 'check_losses', 'checkpoint_state', 'resume_run', 'step_seed',
-           'set_schedules', 'end_warmups', 'train_step', 'setup_device', 'choose_arithmetic', 'wrap_model',
+           'set_schedules', 'end_warmups', 'train_step', 'setup_device', 'report_arithmetic', 'wrap_model',
            'log_fields', 'should_run', 'build_probes', 'run_steps', 'open_state', 'train']
 
 # %% ../nbs/09_trainer.ipynb #c004
@@ -302,21 +302,18 @@ def setup_device(config: Config) -> torch.device:
     return device
 
 
-def choose_arithmetic(config: Config, device: torch.device) -> Config:
-    """The config with --amp auto resolved; one line says which arithmetic it is. A collective.
+def report_arithmetic(config: Config) -> None:
+    """Print the arithmetic of a run on rank 0, unless it is that of the authors.
 
     Args:
-        config: the config of the run
-        device: of this process
+        config: the config of the run, with its --amp chosen
     """
     if config.amp == "off" and not config.channels_last:
-        return config  # the authors'
-    config = replace(config, amp=distributed.choose_amp(config.amp, device))
+        return
     name = "float32" if config.amp == "off" else f"{config.amp} mixed precision"
     memory_format = ", channels_last" if config.channels_last else ""
     authors = "--amp off --no-channels-last for the authors' float32"
     print_on_rank0(f"arithmetic: {name}{memory_format} ({authors})")
-    return config
 
 
 def _check_deterministic(config: Config, device: torch.device) -> None:
@@ -501,7 +498,7 @@ def train(
     with distributed.raise_on_all_ranks():
         check_hooks(hooks)
         config = config_of_model(config, model)
-    config = choose_arithmetic(config, device)
+    config = replace(config, amp=distributed.choose_amp(config.amp, device))
     views, data = open_training_views(config, views)
     _, last = count_steps(config, len(views))
     state = open_state(config, device, hooks, views)
@@ -511,6 +508,7 @@ def train(
     keep = config.keep_checkpoints
     writer = RunWriter(config.out, asdict(config), state.step, last, keep, log)
     with writer, StopSignal() as stop_signal:
+        report_arithmetic(config)
         run_steps(state, views, writer, meter, corrupt, stop_signal)
         if corrupt.count:
             writer.message(corrupt.summary())
