@@ -1,7 +1,7 @@
 """Train the demo with several settings and seeds: matches on the photograph that was held out.
 
-    python benchmarks/demo.py --seeds 0 1 2                     # the settings of the README's table
-    python benchmarks/demo.py geometry-throughout --seeds 0     # one of them
+    python benchmarks/demo.py --seeds 0 1 2                     # all settings
+    python benchmarks/demo.py "MoCo-v2 (lambda 0)" --seeds 0    # one of them
 
 A finished run appends one row to benchmarks/demo.jsonl: its options, commit, seconds, and the
 match probe before and after training. A run that has its row is not repeated, and an interrupted
@@ -22,10 +22,10 @@ from reproduce import commit, rounded
 
 from densecl.runtime.io import UsageError, run_command
 
-# name -> options that differ from the preset; {25%} of the preset's 1200 steps
+# name -> options that differ from the preset, which trains for 1200 steps
 PUBLISHED = "--lambda-warmup 0 --geometry-warmup 0"
 SETTINGS = {
-    "MoCo-v2": f"{PUBLISHED} --method mocov2",
+    "MoCo-v2 (lambda 0)": "--loss-lambda 0 --geometry-warmup 0",
     "DenseCL, as published": PUBLISHED,
     "DenseCL, lambda warm-up": "--lambda-warmup 400 --geometry-warmup 0",
     "DenseCL, geometry warm-up 25 %": "--lambda-warmup 0 --geometry-warmup 300",

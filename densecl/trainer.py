@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['build_model', 'TrainState', 'recovery_advice', 'check_losses', 'checkpoint_state', 'resume_run', 'step_seed',
            'set_schedules', 'end_warmups', 'train_step', 'setup_device', 'report_arithmetic', 'wrap_model',
-           'log_fields', 'should_run', 'build_probes', 'run_steps', 'open_state', 'train']
+           'log_fields', 'should_run', 'build_probes', 'write_row', 'run_steps', 'open_state', 'train']
 
 # %% ../nbs/09_trainer.ipynb #c004
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -399,6 +399,19 @@ def build_probes(state: TrainState) -> RunProbes:
     return RunProbes(state.config, state.model, untrained)
 
 # %% ../nbs/09_trainer.ipynb #c047
+def write_row(writer: RunWriter, row: dict[str, Any], monitors: Sequence[Any]) -> None:
+    """Write a row of metrics and show it to the monitors, which may print a warning.
+
+    Args:
+        writer: writer of the run
+        row: by the name of the field
+        monitors: from `build_monitors`
+    """
+    writer.write_row(row)
+    for monitor in monitors:
+        monitor.update(row, writer.message)
+
+
 def run_steps(
     state: TrainState,
     views: Dataset,
@@ -434,10 +447,7 @@ def run_steps(
         if should_run(config.log_every, state.step, last):
             check_losses(state, meter)
             row = log_fields(state, steps_per_epoch, corrupt)
-            row |= meter.row(diagnostics(state.model, out))
-            writer.write_row(row)
-            for monitor in monitors:
-                monitor.update(row, writer.message)
+            write_row(writer, row | meter.row(diagnostics(state.model, out)), monitors)
             meter = Meter()
         if config.probe and should_run(config.probe_every, state.step, last):
             probes.run(state.step, writer, meter)
@@ -505,9 +515,8 @@ def train(
     state.data = data
     meter, corrupt = Meter(), CorruptImageCounter(config)
     resume_run(state, meter, corrupt)
-    keep = config.keep_checkpoints
-    writer = RunWriter(config.out, asdict(config), state.step, last, keep, log)
-    with writer, StopSignal() as stop_signal:
+    options = (config.out, asdict(config), state.step, last, config.keep_checkpoints, log)
+    with RunWriter(*options) as writer, StopSignal() as stop_signal:
         report_arithmetic(config)
         run_steps(state, views, writer, meter, corrupt, stop_signal)
         if corrupt.count:

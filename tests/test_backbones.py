@@ -12,6 +12,7 @@ from densecl.evaluate import __main__ as evaluate
 from densecl.runtime.io import UsageError
 from densecl.show import main as show
 from densecl.train import main as train
+from densecl.transfer.initialization import resolve_weights
 from densecl.weights import extract_backbone
 
 OPTIONS = shlex.split(
@@ -62,6 +63,7 @@ def test_a_model_of_timm_is_trained_resumed_extracted_probed_and_drawn(name, pla
     assert "needs timm or safetensors" in message(
         extract_backbone, "whole/last.pt", "backbone.pkl", "detectron2"
     )
+    assert f"of a run with --backbone timm:{name}" in message(resolve_weights, "whole/last.pt")
     evaluate.main(shlex.split("match --weights whole/last.pt --data-root images --image-size 64"))
     show(
         ["--weights", "whole/last.pt", "--out", "matches.png", "--images"]
@@ -85,6 +87,7 @@ def small():
     assert "encoder_q.backbone.0.weight" in tensors("run")
     text = message(show, ["--weights", "run/last.pt", "--images", *["images/image-00.png"] * 2])
     assert "no code that a file names is run" in text
+    assert "no code that a file names is run" in message(resolve_weights, "run/last.pt")
     text = message(evaluate.main, shlex.split("match --weights run/last.pt --data-root images"))
     assert "no code that a file names is run" in text
 

@@ -89,7 +89,7 @@ def _choose_dict(content: Any, path: Path | str, average: bool) -> tuple[str, ..
 
     place = min(found, key=rank)
     if rank(place)[0]:  # nothing fits
-        formats.check_own_model(content, path)
+        formats.check_run_backbone(content, path)
     return place
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ['ALLOWED_GLOBALS', 'LEGACY_TORCH_MAGIC', 'SIGNATURES', 'OTHER_SUFFIXES', 'OLD_PICKLE', 'READERS', 'EXPORT_FORMATS',
            'DEFAULT_FORMATS', 'OWN_BACKBONE', 'encode_latin1', 'ArrayUnpickler', 'detect_container', 'read_torch',
            'read_pickle', 'read_npz', 'read_safetensors', 'read_checkpoint', 'resolve_format', 'dump_pickle',
-           'write_state_dict', 'check_output', 'run_tensors', 'check_own_model', 'timm_tensors', 'check_backbone_name']
+           'write_state_dict', 'check_output', 'run_tensors', 'check_run_backbone', 'timm_tensors',
+           'check_backbone_name']
 
 # %% ../../nbs/weights/01_formats.ipynb #c007
 # (module, name) of what a pickle of numpy arrays needs; numpy 2 renamed core to _core
@@ -385,19 +386,26 @@ def run_tensors(content: Any) -> dict[str, torch.Tensor] | None:
 OWN_BACKBONE = "densecl.hooks:own_backbone"  # in the config of a run whose model was given
 
 
-def check_own_model(content: Any, path: Path | str) -> None:
-    """Raise `UsageError` for a checkpoint of a run whose model was given to `train`.
+def check_run_backbone(content: Any, path: Path | str) -> None:
+    """Raise `UsageError` for a checkpoint of a run whose backbone is no ResNet.
 
     Args:
         content: content of a file in which no backbone was found
         path: path of the file
     """
     config = content.get("config") if isinstance(content, dict) else None
-    if isinstance(config, dict) and config.get("backbone") == OWN_BACKBONE:
+    name = str(config.get("backbone")) if isinstance(config, dict) else ""
+    if name == OWN_BACKBONE:
         raise UsageError(
             f"{path}: of a run whose model was given to train, and it has no ResNet; construct the "
             'model, and load the entry "model" of the file'
         )
+    if name.startswith("timm:"):
+        raise UsageError(
+            f"{path}: of a run with --backbone {name}, and a ResNet is needed here; "
+            "densecl weights extract --format timm writes it under timm's names"
+        )
+    check_backbone_name(name, path)
 
 
 def timm_tensors(

@@ -284,6 +284,7 @@ def infer_backbone(keys: Collection[str]) -> str | None:
 MISMATCH_HINTS = (
     (r"attnpool", "CLIP's ResNet, with a deep stem and an attention pooling"),
     (r"patch_embed|attn", "a transformer, not a ResNet"),
+    (r"^stages\.\d+\.blocks\.\d+\.(conv_dw|dwconv|gamma)", "a ConvNeXt"),
     (r"embedder\.convolution\.", "a ResNet under the names of Hugging Face's transformers"),
     (
         r"branch2a|(^|\.)conv1_w$|res_conv1_bn",
