@@ -1,5 +1,6 @@
 """The options for the paper's ablations, from the command line to the run folder, and full.sh."""
 
+import functools
 import json
 import os
 import shlex
@@ -40,8 +41,8 @@ def train(folder, *options):
     [
         "--match geometry --negatives intra-image",
         "--match verified --negatives position --padding reflect",
-        "--match mutual --geometry-warmup 1",
-        "--match centered",
+        pytest.param("--match mutual --geometry-warmup 1", marks=pytest.mark.long),
+        pytest.param("--match centered", marks=pytest.mark.long),
         "--match sinkhorn",
     ],
     ids=str,
@@ -92,6 +93,11 @@ def test_a_checkpoint_without_the_options_can_be_resumed():
         check_resumable(saved, Config(**asdict(presets["demo"]) | {"match": "geometry"}))
 
 
+@functools.cache
+def help_text(module, *words):
+    return run([sys.executable, "-m", module, *words, "--help"]).stdout
+
+
 @pytest.mark.parametrize("row", range(1, 8))
 def test_a_row_of_the_table_consists_of_commands_that_exist(row):
     result = run(["bash", "benchmarks/full.sh", str(row)], DRY="1")
@@ -107,9 +113,9 @@ def test_a_row_of_the_table_consists_of_commands_that_exist(row):
         assert commands[0][1] in presets
     for module, *words in commands:
         subcommand = ["extract"] if "extract" in words else []
-        help_text = run([sys.executable, "-m", module, *subcommand, "--help"]).stdout
+        text = help_text(module, *subcommand)
         options = [word for word in words if word.startswith("--")]
-        assert all(option in help_text for option in options), (module, words)
+        assert all(option in text for option in options), (module, words)
 
 
 def test_an_unknown_row_ends_with_one_line():

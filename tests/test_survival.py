@@ -409,7 +409,10 @@ def test_a_rank_that_hangs_ends_the_run_within_the_timeout(place):
     before = torchrun("--standalone", "--shutdown-timeout=4")
     with Run("--out", "out", "--timeout", "8", before=before) as run:
         run.wait_until(lambda: last_step("out") >= 4)
-        os.kill(rank_processes(run.process.pid)[1], signal.SIGSTOP)
+        hanging = rank_processes(run.process.pid)[1]
+        os.kill(hanging, signal.SIGSTOP)
+        run.wait_until(lambda: any("hangs" in line for line in run.messages()))
+        os.kill(hanging, signal.SIGKILL)  # torchrun would wait for it, for half a minute
         assert run.exit_status(90) == 1
     assert any("hangs" in line and "--timeout" in line for line in run.messages()), run.text
     assert state("out")["step"] >= 3
