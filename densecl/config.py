@@ -219,6 +219,7 @@ DEMO = replace(
     log_every=20,
     save_every=200,
     probe="match",
+    probe_every=200,  # a frame of the animation each
     augment="reference",
 )
 
