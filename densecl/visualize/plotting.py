@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 # %% auto #0
-__all__ = ['BOX_COLORS', 'CORRECT_COLOR', 'INCORRECT_COLOR', 'MAP_TEMPERATURE', 'QUERY_COLOR', 'TRUTH_COLOR', 'jpeg_figures',
-           'png_figures', 'new_figure', 'panels', 'show_images', 'draw_boxes', 'side_by_side', 'to_pixel_coordinates',
-           'draw_matches', 'to_gray', 'map_weights', 'draw_similarity', 'add_map_bar', 'plot_curves']
+__all__ = ['BOX_COLORS', 'VIEW_COLORS', 'CORRECT_COLOR', 'INCORRECT_COLOR', 'MAP_TEMPERATURE', 'QUERY_COLOR', 'TRUTH_COLOR',
+           'jpeg_figures', 'png_figures', 'new_figure', 'panels', 'show_images', 'draw_boxes', 'side_by_side',
+           'to_pixel_coordinates', 'draw_matches', 'to_gray', 'map_weights', 'draw_similarity', 'add_map_bar',
+           'plot_curves']
 
 # %% ../../nbs/visualize/00_plotting.ipynb #c007
 def jpeg_figures() -> None:
@@ -36,7 +37,7 @@ def png_figures() -> None:
     set_matplotlib_formats("png")
 
 # %% ../../nbs/visualize/00_plotting.ipynb #c010
-def new_figure(width: float, height: float, dpi: int = 72) -> Figure:
+def new_figure(width: float, height: float, dpi: int = 100) -> Figure:
     """An empty figure whose layout leaves space for titles and labels.
 
     Args:
@@ -57,7 +58,7 @@ def panels(
     Args:
         n: number of panels
         cols: largest number of panels in a row
-        size: height of a panel in inches, at 72 dots per inch
+        size: height of a panel in inches
         titles: titles of the first panels; those without a title stay untitled
         aspect: width / height of a panel
 
@@ -93,6 +94,7 @@ def show_images(
 
 # %% ../../nbs/visualize/00_plotting.ipynb #c021
 BOX_COLORS = ("#ff7f0e", "#1f77b4", "#2ca02c", "#e377c2")  # orange, blue, green, pink
+VIEW_COLORS = ("#cc79a7", "#009e73")  # pink: of the query view; green: of the key view
 
 
 def draw_boxes(
@@ -268,7 +270,7 @@ def add_map_bar(
     below = np.array([0, 0.02, 0.05, 0.1, 0.2]) * temperature / 0.1
     bar.set_ticks(np.exp(-below / temperature), labels=["0", *(f"−{d:.2g}" for d in below[1:])])
     bar.set_label("cosine − best cosine", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    bar.ax.tick_params(labelsize=9)
 
 # %% ../../nbs/visualize/00_plotting.ipynb #c049
 def plot_curves(rows: Sequence[dict], fields: Sequence[str], x: str = "step") -> Figure:
