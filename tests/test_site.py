@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -48,15 +50,83 @@ def test_every_internal_link_leads_to_a_page_and_a_heading(pages):
                 assert f'id="{unquote(anchor)}"' in found[page], f"{name} links to {link}"
 
 
-def test_links_between_notebooks_and_from_the_readme_lead_to_files():
+def slug(heading, lower):
+    """The anchor of a heading: GitHub's for Markdown files, Jupyter's for notebooks."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    if lower:
+        return re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+    return text.replace(" ", "-")
+
+
+def without_code(text):
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+def broken_links(path, text):
+    """Relative links of a Markdown text whose file or heading does not exist."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+        if re.match(r"https?:|mailto:", link):
+            continue
+        file, _, anchor = unquote(link).partition("#")
+        target = path.parent / file if file else path
+        if not target.exists():
+            broken.append(link)
+        elif anchor:
+            book = target.suffix == ".ipynb"
+            other = (
+                markdown(target.relative_to(NBS).with_suffix("")) if book else target.read_text()
+            )
+            headings = re.findall(r"(?m)^#+ +(.+?) *$", re.sub(r"(?s)```.*?```", "", other))
+            if anchor not in [slug(heading, lower=not book) for heading in headings]:
+                broken.append(link)
+    return broken
+
+
+def test_a_broken_link_is_found(tmp_path):
+    path = tmp_path / "a.md"
+    path.write_text("# The loss, in ten lines\n")
+    text = "[x](a.md) [y](a.md#the-loss-in-ten-lines) [z](b.md) [w](#the-los) `[v](c.md)` [u](https://x.y)"
+    assert broken_links(path, text) == ["b.md", "#the-los"]
+    tour = NBS / "00_tour.ipynb"
+    assert not broken_links(tour, "[x](05_loss.ipynb) [y](#Fifty-training-steps)")
+    assert broken_links(tour, "[x](05_los.ipynb) [y](#fifty)") == ["05_los.ipynb", "#fifty"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "README.md", "CONTRIBUTING.md"])
+def test_links_lead_to_files_and_headings(name):
+    if name.endswith(".md"):
+        path = NBS.parent / name
+        assert not broken_links(path, path.read_text("utf-8"))
+    else:
+        assert not broken_links(NBS / f"{name}.ipynb", markdown(name))
+
+
+def test_links_of_the_index_are_rewritten_for_the_readme():
+    def links(text):
+        return re.findall(r"\]\(((?!https?:|mailto:)[^)\s]+)\)", without_code(text))
+
+    def seen_from_the_top(link):
+        return link if link.startswith("#") else os.path.normpath(os.path.join("nbs", link))
+
     readme = (NBS.parent / "README.md").read_text("utf-8")
-    texts = {name: (NBS / f"{name}.ipynb", markdown(name)) for name in NAMES}
-    texts["README"] = (NBS.parent / "README.md", readme)
-    for name, (path, text) in texts.items():
-        for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            if re.match(r"https?:|mailto:|attachment:|#", link):
-                continue
-            assert (path.parent / link.partition("#")[0]).exists(), f"{name} links to {link}"
+    assert links(readme) == [seen_from_the_top(link) for link in links(markdown("index"))]
+
+
+def rewritten(text):
+    """The text after the rewriting of links in readme.sh."""
+    script = Path(__file__).with_name("readme.sh").read_text()
+    rules = re.findall(r"-e '([^']+)'", script)
+    command = ["sed", "-E", *(part for rule in rules for part in ("-e", rule))]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+
+
+def test_any_relative_link_is_rewritten_and_nothing_else():
+    for link in ("31_is_my_loss_normal.ipynb", "a-b/c.d_e.ipynb#Two-words", "images/x.png"):
+        assert rewritten(f"see [x]({link}).") == f"see [x](nbs/{link})."
+    assert rewritten("[a](../X.md) [b](y.ipynb)") == "[a](X.md) [b](nbs/y.ipynb)"
+    for text in ("[x](https://a.b/c.html)", "[x](#train)", "pairs[i](x)", "f(images/2)", "a(../b)"):
+        assert rewritten(text) == text
 
 
 def test_the_table_of_contents_has_the_chapters_titles_and_summaries():
@@ -122,3 +192,13 @@ def test_chapters_are_named_by_links_not_by_file_names(name):
     text = re.sub(r"\]\([^)]*\)", "]()", markdown(name))
     files = {Path(n).name for n in NAMES} - {"index", "gallery", "results", "ablations"}
     assert not re.findall(rf"`?\b({'|'.join(files)})\b`?", text)
+
+
+def test_the_last_sentence_of_a_chapter_names_the_next_one():
+    order = [name for names in site_pages.sections().values() for name in names]
+    for name, after in pairwise(order[1:]):
+        last = next(c for c in reversed(cells(name)) if c["cell_type"] == "markdown")
+        where = r"\b(?:Next\b|Where to go next)[^\[]*\[[^\]]*\]\(([^)]+)\.ipynb\)"
+        link = re.search(where, "".join(last["source"]))
+        folder = os.path.dirname(name)
+        assert link and os.path.normpath(os.path.join(folder, link[1])) == after, name
