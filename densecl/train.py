@@ -88,8 +88,9 @@ def parse_args(argv: list[str]) -> Namespace:
     args = parser(Config()).parse_args(argv)
     if args.list:
         return args
-    # any number of processes can share the batch of `own` until its values are recommended
-    known = presets | {"own": replace(OWN, batch_size=launch().world_size)}
+    # all processes and micro-batches can share the batch of `own` until it is recommended
+    share = launch().world_size * max(1, args.config.accumulate)
+    known = presets | {"own": replace(OWN, batch_size=share)}
     if not args.preset:
         raise UsageError(f"give a preset first: {', '.join(known)}")
     if args.preset not in known:
@@ -234,11 +235,15 @@ def own_choices(argv: list[str], config: Config, images: int) -> list[Choice]:
 
         init = initial_backbone(init)
     device, world_size = find_device(config.device), launch().world_size
-    decided = {"optimizer": config.optimizer} | stored | given
+    decided = {f: getattr(config, f) for f in ("optimizer", "accumulate", "image_size")}
+    decided |= stored | given
     choices = recommend(images, device, init, decided, world_size)
     continued = stored.keys() - given.keys()
     reason = f"of the run in {config.out}, which is continued"
-    return [c._replace(reason=reason) if c.field in continued else c for c in choices]
+    return [
+        c._replace(reason=c.reason.replace("given", reason, 1)) if c.field in continued else c
+        for c in choices
+    ]
 
 
 def check_run(argv: list[str], args: Namespace) -> tuple[Config, list[Choice], ImageSource]:
@@ -252,7 +257,7 @@ def check_run(argv: list[str], args: Namespace) -> tuple[Config, list[Choice], I
         validate_config(config, world_size, need_data=True)
     if config.batch_size > len(source):
         (why,) = [c.reason for c in choices if c.field == "batch_size"] or ["given"]
-        why = "" if why == "given" else f", {why}"
+        why = "" if why.startswith("given") else f", {why}"
         raise UsageError(
             f"--batch-size {config.batch_size}{why}: more than the {len(source)} images of "
             f"{config.data_root}"

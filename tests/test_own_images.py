@@ -147,7 +147,7 @@ def test_very_few_images(images, place, make_images):
 
 
 def test_a_run_that_is_continued_keeps_its_values_on_another_device(place, monkeypatch, capsys):
-    small_gpu = Device("cuda", 2.1)  # memory for two images
+    small_gpu = Device("cuda", 2.01)  # memory for two images of TINY
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["densecl.train"], "find_device", lambda device: small_gpu)
         train(["own", "--data-root", "images", *TINY, "--max-steps", "1"])
@@ -168,6 +168,25 @@ def test_a_run_that_is_continued_keeps_its_values_on_another_device(place, monke
         train, ["own", "--data-root", "images", *TINY, "--batch-size", "4"]
     )
     assert values("--data-root", "images", "--resume", "never")["batch_size"] == 4
+
+
+def test_a_batch_that_exceeds_the_memory_names_accumulate(place, monkeypatch):
+    def batch(*words):
+        argv = ["own", "--data-root", "images", *words]
+        config, choices, _ = check_run(argv, parse_args(argv))
+        (reason,) = [c.reason for c in choices if c.field == "batch_size"]
+        return config.batch_size, config.accumulate, reason
+
+    small_gpu = Device("cuda", 2.1)  # memory for two images of 224 x 224 pixels
+    monkeypatch.setattr(sys.modules["densecl.train"], "find_device", lambda device: small_gpu)
+    size, count, reason = batch()
+    assert (size, count) == (2, 1) and "resnet18 in the GPU's memory of 2 GB" in reason
+    options = reason.rpartition("; or ")[2]
+    assert options == "--batch-size 4 --accumulate 2"
+    assert batch(*options.split()) == (4, 2, "given")
+    assert batch("--accumulate", "2") == (4, 2, "few images")
+    assert batch("--batch-size", "4", "--image-size", "112") == (4, 1, "given")
+    assert batch("--batch-size", "4") == (4, 1, "given; 2 GB of memory need --accumulate 2")
 
 
 def test_more_images_are_other_data(place, make_images):
