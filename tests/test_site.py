@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 import site_pages
+import site_render
 
 NBS = site_pages.NBS
 NAMES = [str(p.relative_to(NBS).with_suffix("")) for p in NBS.rglob("*.ipynb")]
@@ -24,6 +25,11 @@ def markdown(name):
     return "\n".join("".join(c["source"]) for c in cells(name) if c["cell_type"] == "markdown")
 
 
+def as_seen_from(name, link):
+    """The chapter to which a link on the page of a chapter leads."""
+    return os.path.normpath(os.path.join(os.path.dirname(name), link)).removesuffix(".html")
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """Path of the page below the site -> its HTML."""
@@ -34,20 +40,22 @@ def pages(tmp_path_factory):
 
 
 def test_every_notebook_is_a_page(pages):
-    assert set(pages[0]) == {f"{name}.html" for name in NAMES}
+    assert set(pages[0]) == {f"{name}.html" for name in [*NAMES, site_pages.CONTRIBUTING]}
 
 
-def test_every_internal_link_leads_to_a_page_and_a_heading(pages):
+def test_every_internal_link_leads_to_a_page_of_the_site_and_a_heading(pages):
     found, folder = pages
     for name, text in found.items():
+        ids = re.findall(r' id="([^"]+)"', text)
+        assert len(ids) == len(set(ids)), f"{name} has an id twice"
         for link in re.findall(r'(?:href|src)="([^"]+)"', text):
             if re.match(r"https?:|data:|mailto:", link):
                 continue
             page, _, anchor = link.partition("#")
             page = os.path.normpath(os.path.join(os.path.dirname(name), page)) if page else name
-            assert (folder / page).exists() or (NBS / page).resolve().exists(), f"{name}: {link}"
+            assert not page.startswith("..") and (folder / page).exists(), f"{name}: {link}"
             if anchor:
-                assert f'id="{unquote(anchor)}"' in found[page], f"{name} links to {link}"
+                assert f' id="{unquote(anchor)}"' in found[page], f"{name} links to {link}"
 
 
 def slug(heading, lower):
@@ -160,8 +168,54 @@ def test_the_sections_list_every_chapter_once_and_the_pages_show_them(pages):
     sections = site_pages.sections()
     listed = [name for names in sections.values() for name in names]
     assert sorted(listed) == NAMES and listed[:2] == ["index", "00_tour"]
-    for text in pages[0].values():
-        assert re.findall(r"<h2>(.*?)</h2>", text.split("<main>")[0]) == list(sections)[1:]
+    for page, text in pages[0].items():
+        menu = text.split("<main>")[0]
+        assert re.findall(r"<summary>(.*?)</summary>", menu) == list(sections)[1:]
+        name = page.removesuffix(".html")
+        here = [name] if name in listed else []
+        marked = re.findall(r'<a href="([^"]+)" aria-current="page">', menu)
+        assert [as_seen_from(name, link) for link in marked] == here
+        opened = re.findall(r"<details open><summary>(.*?)</summary>", menu)
+        assert opened == [s for s, names in sections.items() if s and name in names]
+
+
+def test_the_foot_of_a_page_links_to_the_chapters_before_and_after(pages):
+    order = [name for names in site_pages.sections().values() for name in names]
+    for i, name in enumerate(order):
+        foot = pages[0][f"{name}.html"].split("<footer>")[1]
+        for rel, other in (("prev", order[:i][-1:]), ("next", order[i + 1 :][:1])):
+            found = re.findall(rf'<a href="([^"]+)" rel="{rel}">', foot)
+            assert [as_seen_from(name, link) for link in found] == other
+
+
+def test_a_page_begins_with_the_list_of_its_headings(pages):
+    for name, text in pages[0].items():
+        headings = re.findall(r'<h2 id="([^"]+)"', text)
+        listed = re.findall(r'<nav class="contents".*?</nav>', text, re.DOTALL)
+        assert len(listed) == (len(headings) > 2), name
+        if listed:
+            assert re.findall(r'href="#([^"]+)"', listed[0]) == headings
+
+
+def test_the_search_finds_every_section_and_every_exported_name(pages):
+    found, folder = pages
+    text = (folder / "search-index.js").read_text("utf-8")
+    assert text.startswith("const SEARCH = {") and len(text) < 1_000_000
+    index = json.loads(text.removeprefix("const SEARCH = ").removesuffix(";\n"))
+    assert {page[0] for page in index["pages"]} == set(found)
+    names = {}
+    for number, anchor, heading, exported, *_ in index["sections"]:
+        page, _, _, module = index["pages"][number]
+        assert heading and f' id="{anchor}"' in found[page]
+        for name in exported:
+            assert f' id="{module}.{name}"' in found[page]
+            names.setdefault(module, set()).add(name)
+    for path in (NBS.parent / "densecl").rglob("*.py"):
+        module = ".".join(path.relative_to(NBS.parent).with_suffix("").parts)
+        public = site_render.public_names(path.read_text("utf-8"))
+        assert set(public) == names.get(module.removesuffix(".__init__"), set()), module
+    matching = next(s for s in index["sections"] if "best_match" in s[3])
+    assert "cosine" in matching[4] and "promote_types" in matching[5].split()
 
 
 def test_the_readme_lists_the_chapters_in_the_same_order_and_sections():

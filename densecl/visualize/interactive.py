@@ -152,7 +152,7 @@ def page_data(a: np.ndarray, b: np.ndarray, sim: np.ndarray) -> dict[str, Any]:
     }
 
 # %% ../../nbs/visualize/01_interactive.ipynb #c016
-CANVAS_STYLE = "flex:1 1 16rem;min-width:0;max-width:100%;cursor:crosshair;touch-action:none"
+CANVAS_STYLE = "flex:1 1 16rem;min-width:0;max-width:100%;cursor:crosshair;touch-action:pan-y"
 ROW_STYLE = "display:none;gap:.6rem;flex-wrap:wrap;align-items:flex-start"
 BODY_STYLE = "font:16px system-ui;max-width:70rem;margin:1.5rem auto;padding:0 1rem"
 
