@@ -36,11 +36,11 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
 def best_match(f_q: Tensor | EncoderOutput, f_k: Tensor | EncoderOutput) -> Tensor:
     """Index of the most similar key position for every query position.
 
-    Computes c_i = argmax_j cos(f_q[i], f_k[j]), equation 4 of the paper, without gradient.
+    Computes c_i = argmax_j cos(f_q[i], f_k[j]), equation 4 of the paper.
 
     Args:
-        f_q: N x C x h x w, backbone features of the query view, or the outputs of an encoder
-        f_k: N x C x h' x w', backbone features of the key view, or the outputs of an encoder
+        f_q: N x C x h x w, backbone features of the query view, or an encoder's outputs
+        f_k: N x C x h' x w', backbone features of the key view, or an encoder's outputs
 
     Returns:
         N x hw int64, row-major indices into the h' x w' key grid
@@ -66,15 +66,15 @@ def gather_positions(r: Tensor, index: Tensor) -> Tensor:
 
 # %% ../nbs/03_correspondence.ipynb #2c7553c5
 def positive_vectors(r: Tensor, positives: Tensor) -> Tensor:
-    """The positive of every query position: one vector of `r`, or a weighted mean of all.
+    """The positive of every query position: a vector of `r`, or a weighted mean of all.
 
-    A weighted mean is not normalized again, so its product with a unit vector is the weighted mean
-    of the cosines, as in Self-EMD (https://arxiv.org/abs/2011.13677).
+    A weighted mean is not normalized again, so its product with a unit vector is the
+    weighted mean of the cosines, as in Self-EMD (https://arxiv.org/abs/2011.13677).
 
     Args:
         r: N x D x h x w, dense vectors of the key view
-        positives: N x M int64, row-major positions of r's grid, where -1 (no positive) is read as
-            0; or N x M x hw, weights of all positions of r's grid
+        positives: N x M int64, row-major positions of r's grid, where -1 (no positive)
+            is read as 0; or N x M x hw, weights of all positions of r's grid
 
     Returns:
         N x D x M
@@ -86,7 +86,7 @@ def positive_vectors(r: Tensor, positives: Tensor) -> Tensor:
 
 
 def positive_index(positives: Tensor) -> Tensor:
-    """The positive of every query position, for weights the position with the largest weight.
+    """Index of every query position's positive; for weights, of the largest weight.
 
     Args:
         positives: N x M int64, or N x M x hw weights; a row of zeros is no positive
@@ -106,7 +106,7 @@ def cell_centers(h: int, w: int, device: torch.device | str | None = None) -> Te
     Args:
         h: rows of the grid
         w: columns of the grid
-        device: of the result
+        device: device of the result
 
     Returns:
         hw x 2 float32, (x, y) of each cell, row-major
@@ -118,7 +118,7 @@ def cell_centers(h: int, w: int, device: torch.device | str | None = None) -> Te
 
 # %% ../nbs/03_correspondence.ipynb #c022
 def view_to_image(points: Tensor, affine: Tensor) -> Tensor:
-    """Map points of a view to pixels of the image it was cropped from.
+    """Map points of a view to pixels of the image from which it was cropped.
 
     Args:
         points: M x 2 or N x M x 2, (x, y) in the view's unit square
@@ -138,15 +138,15 @@ def image_to_view(points: Tensor, affine: Tensor) -> Tensor:
         affine: N x 2 x 3, unit square of the view to pixels of the image
 
     Returns:
-        N x M x 2 in units of the view's side: 0 .. 1 inside the view, other values outside
+        N x M x 2 in units of the view's side, in 0 .. 1 for points inside the view
     """
-    on_cpu = affine.device.type == "cpu"  # elsewhere the check would wait for the device
+    on_cpu = affine.device.type == "cpu"  # elsewhere a check would wait for the device
     inverse, _ = torch.linalg.inv_ex(affine[:, :, :2], check_errors=on_cpu)
     return (points - affine[:, None, :, 2]) @ inverse.mT
 
 # %% ../nbs/03_correspondence.ipynb #c024
 def ground_truth_match(affine_q: Tensor, affine_k: Tensor, h: int, w: int) -> Tensor:
-    """Index of the key cell that contains the center of every query cell, from the crops alone.
+    """Index of the key cell that contains the center of each query cell, by geometry.
 
     Args:
         affine_q: N x 2 x 3, of the query view: unit square to pixels of the image
@@ -155,12 +155,12 @@ def ground_truth_match(affine_q: Tensor, affine_k: Tensor, h: int, w: int) -> Te
         w: columns of the grid of both views
 
     Returns:
-        N x hw int64, row-major indices into the key grid, -1 where the key view does not show the
-        point
+        N x hw int64, row-major indices into the key grid, -1 where the key view does
+        not show the point
     """
     with torch.autocast(affine_q.device.type, enabled=False):  # pixels need float32
-        pixels = view_to_image(cell_centers(h, w, affine_q.device), affine_q)  # N x hw x 2
-        points = image_to_view(pixels, affine_k)  # N x hw x 2
+        centers = cell_centers(h, w, affine_q.device)  # hw x 2
+        points = image_to_view(view_to_image(centers, affine_q), affine_k)  # N x hw x 2
     column = (points[..., 0] * w).floor().long()
     row = (points[..., 1] * h).floor().long()
     inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
@@ -172,8 +172,8 @@ def cell_distance_squared(a: Tensor, b: Tensor, columns: int) -> Tensor:
 
     Args:
         a: int64 tensor of row-major positions, any shape
-        b: the same, of a shape that broadcasts with a's
-        columns: w, the number of columns of the grid that both index
+        b: int64 tensor of row-major positions, of a shape that broadcasts with a's
+        columns: w, the number of columns of the grid
 
     Returns:
         int64 tensor of squared distances
@@ -181,15 +181,20 @@ def cell_distance_squared(a: Tensor, b: Tensor, columns: int) -> Tensor:
     return (a % columns - b % columns) ** 2 + (a // columns - b // columns) ** 2
 
 # %% ../nbs/03_correspondence.ipynb #c038
-def match_accuracy(match: Tensor, truth: Tensor, columns: int, within: int = 0) -> Tensor:
+def match_accuracy(
+    match: Tensor,
+    truth: Tensor,
+    columns: int,
+    within: int = 0,
+) -> Tensor:
     """Fraction of correct matches among the positions that have a ground truth.
 
     Args:
         match: N x hw int64, row-major positions of the key grid, as from `best_match`
         truth: N x hw int64, as from `ground_truth_match`; -1 where there is none
         columns: w, the number of columns of the key grid
-        within: distance in cells up to which a match is correct; 1 is the cell and its four
-            neighbors. Default: 0, the exact cell
+        within: distance in cells up to which a match is correct; 1 is the cell and its
+            four neighbors. Default: 0, the exact cell
 
     Returns:
         a 0-dim tensor between 0 and 1; NaN when no position has a ground truth
@@ -226,6 +231,6 @@ def mean_pairwise_cosine(x: Tensor) -> Tensor:
         a 0-dim float32 tensor between -1 and 1; 0 for a grid of one cell
     """
     n = x[0, 0].numel()  # cells
-    # N: squared length of the sum of n unit vectors, n plus the sum of all pairs' cosines
+    # N: squared length of the sum of n unit vectors, n plus the sum of all cosines
     total = l2_normalize(x).sum((2, 3)).pow(2).sum(1)
     return ((total - n) / (n * max(n - 1, 1))).mean()
