@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": ("densecl.evaluate.__main__", "compare networks by probes on frozen features"),
     "segment": ("densecl.segment.__main__", "fine-tune an FCN and report mean IoU"),
     "detect": ("densecl.detect.__main__", "fine-tune a detector and report average precision"),
-    "doctor": ("densecl.doctor", "is the loss of a run normal?"),
+    "doctor": ("densecl.doctor", "check whether the losses of a run are normal"),
     "show": ("densecl.show", "draw matches and similarity maps of two images"),
 }
 
@@ -33,10 +33,10 @@ def usage() -> str:
 
 # %% ../nbs/15_commands.ipynb #c007
 def main(argv: list[str]) -> None:
-    """Run a command; raises `UsageError` for an unknown one.
+    """Run a command.
 
     Args:
-        argv: the command and its arguments
+        argv: the command and its arguments; raises `UsageError` for an unknown command
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())

@@ -23,10 +23,10 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def forward_pass(state: Any, forward: nn.Module, batch: dict) -> dict[str, Any]:
-    """The model's outputs for a batch, with mixed precision if the config says so.
+    """The model's outputs for a batch, in the config's arithmetic (`amp`, `channels_last`).
 
     Args:
-        state: `TrainState` of the run: config, device and model are used
+        state: `TrainState` of the run; its config, device and model are used
         forward: the model, or its DDP wrapper
         batch: a batch of the loader, or a part of it
     """
@@ -41,10 +41,10 @@ def forward_pass(state: Any, forward: nn.Module, batch: dict) -> dict[str, Any]:
 
 # %% ../nbs/08c_accumulate.ipynb #cc8599e5
 def summarize_outputs(out: dict[str, Any]) -> dict[str, Tensor]:
-    """What `merge_outputs` needs of a micro-batch: the 0-dim tensors, detached, and `match`.
+    """The outputs of a micro-batch that `merge_outputs` reads: 0-dim tensors and `match`, detached.
 
     Args:
-        out: what the model returned
+        out: outputs of the model
     """
     tensors = {name: x.detach() for name, x in out.items() if isinstance(x, Tensor)}
     return {name: x for name, x in tensors.items() if not x.ndim or name == "match"}
@@ -54,11 +54,11 @@ def merge_outputs(earlier: Sequence[dict[str, Tensor]], last: dict[str, Any]) ->
     """The outputs of a step from those of its micro-batches.
 
     Args:
-        earlier: results of `summarize_outputs`; empty: `last` is the result
-        last: what the model returned for the last micro-batch
+        earlier: results of `summarize_outputs`; if empty, `last` is returned
+        last: outputs of the model for the last micro-batch
 
     Returns:
-        `last` with the means of the 0-dim tensors, and `match` of all images
+        `last` with the 0-dim tensors replaced by their means, and `match` of all images
     """
     if not earlier:
         return last
@@ -88,5 +88,5 @@ def accumulate_gradients(state: Any, forward: nn.Module, batch: dict) -> dict[st
             state.scaler.scale(loss).backward()
         outputs.append(out if last else summarize_outputs(out))
     if count > 1:
-        set_micro_batch(state.model, 0, 1)  # outside of the trainer a forward pass is a step
+        set_micro_batch(state.model, 0, 1)  # the next forward pass is a step of its own
     return merge_outputs(outputs[:-1], outputs[-1])

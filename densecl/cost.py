@@ -37,9 +37,9 @@ from .trainer import TrainState, build_model, setup_device, train_step, wrap_mod
 
 # %% ../nbs/12_cost.ipynb #c006
 class FlopCounter(TorchDispatchMode):
-    """Context manager that counts the floating-point operations and the bytes of the calls inside.
+    """Context manager that counts floating-point operations and bytes of the operators inside.
 
-    Only matrix products, convolutions and attention have operations; a multiply-add is two of them.
+    Operations of matrix products, convolutions and attention are counted; a multiply-add is two.
 
     Attributes:
         ops: list of (operations, bytes read and written), one per call
@@ -59,12 +59,12 @@ class FlopCounter(TorchDispatchMode):
 
     @property
     def flops(self) -> int:
-        """Number of operations of all calls."""
+        """Number of floating-point operations of all calls."""
         return sum(flops for flops, _ in self.ops)
 
     @property
     def bytes(self) -> int:
-        """Bytes that all calls read and write."""
+        """Number of bytes that all calls read and write."""
         return sum(count for _, count in self.ops)
 
 # %% ../nbs/12_cost.ipynb #c007
@@ -80,10 +80,10 @@ def _nbytes(x: Tensor) -> int:
 
 # %% ../nbs/12_cost.ipynb #c014
 def count_ops(function: Callable[[], Any]) -> FlopCounter:
-    """Operations and bytes of a call.
+    """Count the operations and bytes of a function call.
 
     Args:
-        function: called once, without arguments
+        function: function without arguments, called once
     """
     with FlopCounter() as counter:
         function()
@@ -91,11 +91,11 @@ def count_ops(function: Callable[[], Any]) -> FlopCounter:
 
 
 def forward_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """Compute a function and its gradients with respect to parameters and input.
+    """Compute a function and its gradients with respect to its parameters and its input.
 
     Args:
         function: a module, or any function of one tensor
-        x: its input
+        x: the input
     """
     y = function(x.detach().requires_grad_())
     y.backward(torch.empty_like(y))
@@ -139,7 +139,7 @@ def _count_update(model: MoCo) -> dict[str, FlopCounter]:
 
 # %% ../nbs/12_cost.ipynb #c016
 def count_step(config: Config, batch: int) -> dict[str, FlopCounter]:
-    """Operations and bytes of each part of a training step of one process, on the meta device.
+    """Count the operations and bytes of each part of a training step of one process.
 
     Args:
         config: config of the run
@@ -156,7 +156,7 @@ def count_step(config: Config, batch: int) -> dict[str, FlopCounter]:
         f = F.adaptive_avg_pool2d(f, config.grid) if config.grid else f  # B x C x S x S
         flat = f.flatten(2)  # B x C x SS
         parts["dense head"] = _count_head(encoder.dense_head, f)
-        # the product of `best_match`, whose autocast context does not run on meta tensors
+        # the matrix product of `best_match`, whose autocast context does not support meta tensors
         parts["match"] = count_ops(lambda: (flat.mT @ flat).argmax(2))
     parts["global loss"] = _count_loss(q, queue)
     if encoder.dense_head is not None:
@@ -170,12 +170,12 @@ def estimate_sizes(config: Config, world_size: int = 1) -> dict[str, int]:
 
     Args:
         config: config of the run
-        world_size: R, processes that share a batch
+        world_size: R, number of processes; they divide the batch
 
     Returns:
-        a dict of `parameters` (their number); bytes of the `queues`, of a `checkpoint`, of the
-        `logits` that the chunked loss avoids, and of a batch of `views` from the loader's workers;
-        bytes that a process sends per step for shuffled `keys` and for `gradients`
+        A dict of `parameters` (their number); bytes of the `queues`, of a `checkpoint`, of the
+        `logits` that the chunked loss does not store, and of a batch of `views` from the loader's
+        workers; bytes that a process sends per step for shuffled `keys` and for `gradients`
     """
     batch, sent = config.batch_size // world_size, (world_size - 1) / world_size
     with torch.device("meta"):
@@ -192,7 +192,7 @@ def estimate_sizes(config: Config, world_size: int = 1) -> dict[str, int]:
     return {
         "parameters": parameters,
         "queues": sum(x.nbytes for x in queues),
-        # with the optimizer's moments: one of SGD and LARS, two of AdamW
+        # including the optimizer's moments: one for SGD and LARS, two for AdamW
         "checkpoint": sum(x.nbytes for x in model.state_dict().values()) + moments * 4 * parameters,
         "logits": logits if config.loss == "chunked" else 0,
         "views": views,
@@ -215,8 +215,8 @@ def time_steps(state: TrainState, forward: nn.Module, images: int, steps: int) -
     Args:
         state: state of the run; changed by the steps
         forward: the model, or its DDP wrapper
-        images: images per process
-        steps: number of steps that are timed, after one that is not
+        images: number of images per process
+        steps: number of timed steps; one step before them is not timed
     """
     side, device = state.config.image_size, state.device
     batch = {key: torch.randn(images, 3, side, side, device=device) for key in ("im_q", "im_k")}
@@ -232,12 +232,12 @@ def time_steps(state: TrainState, forward: nn.Module, images: int, steps: int) -
 
 # %% ../nbs/12_cost.ipynb #c027
 class Measurement(NamedTuple):
-    """What a step takes with one batch size.
+    """Time and memory of a step for one batch size.
 
     Attributes:
-        images: images per process
-        seconds: per step
-        memory: peak in MB
+        images: number of images per process
+        seconds: seconds per step
+        memory: peak memory in MB
     """
 
     images: int
@@ -246,10 +246,10 @@ class Measurement(NamedTuple):
 
 
 def extrapolate(measured: Sequence[Measurement], name: str, batch: int) -> float:
-    """A value at the full batch size: as measured, or on the line through the last two points.
+    """A value at the full batch size: measured, or on the line through the last two measurements.
 
     Args:
-        measured: measurements with growing batch sizes, at least one
+        measured: measurements with increasing batch sizes, at least one
         name: "seconds" or "memory"
         batch: full batch size of a process
     """
@@ -263,14 +263,14 @@ def extrapolate(measured: Sequence[Measurement], name: str, batch: int) -> float
 
 # %% ../nbs/12_cost.ipynb #c029
 class StepCost(NamedTuple):
-    """What a training step of one process takes.
+    """Time and memory of a training step of one process.
 
     Attributes:
-        seconds: per step
-        memory: peak in MB
-        images: the largest batch size that was measured
-        batch: the batch size of the run, which `seconds` and `memory` are for
-        device: where it was measured
+        seconds: seconds per step at the run's batch size
+        memory: peak memory in MB at the run's batch size
+        images: largest batch size that was measured, per process
+        batch: batch size of the run, per process
+        device: device of the measurement
         amp: arithmetic of the measurement: off, bf16 or fp16
     """
 
@@ -283,13 +283,13 @@ class StepCost(NamedTuple):
 
 
 def _fits(last: Measurement, images: int, memory: float, seconds: float, device: str) -> bool:
-    """Whether a larger batch is expected to fit into the seconds that are left and the memory.
+    """Whether a larger batch is expected to fit into the remaining time and the memory.
 
     Args:
         last: measurement of the last batch size
-        images: larger batch size
-        memory: peak in MB before the first measurement
-        seconds: time that is left
+        images: the larger batch size
+        memory: peak memory in MB before the first measurement
+        seconds: remaining time
         device: type of the device
     """
     factor = images / last.images
@@ -300,11 +300,11 @@ def _fits(last: Measurement, images: int, memory: float, seconds: float, device:
 
 # %% ../nbs/12_cost.ipynb #c030
 def measure_step(config: Config, limit: float = 45) -> StepCost:
-    """Measure time and memory of training steps; a collective.
+    """Measure time and memory of training steps. A collective.
 
     Args:
-        config: config of the run; raises `RunError` when a batch does not fit into the memory
-        limit: seconds that the measurement may take, roughly
+        config: config of the run; raises `RunError` if a batch does not fit into the memory
+        limit: approximate duration of the measurement in seconds
     """
     device = setup_device(config)
     config = replace(config, amp=distributed.choose_amp(config.amp, device), compile=False)
@@ -334,14 +334,14 @@ def _measure(state: TrainState, forward: nn.Module, images: int, steps: int) -> 
 
 # %% ../nbs/12_cost.ipynb #c032c
 def measure_input(config: Config, seconds: float = 2) -> float:
-    """Images per second that the workers of one process load, at most.
+    """Upper bound of the images per second that the workers of one process load.
 
     Args:
-        config: config of the run; raises `UsageError` when its data or pipeline is missing
-        seconds: time that the measurement may take, roughly
+        config: config of the run; raises `UsageError` if its data or a library is missing
+        seconds: approximate duration of the measurement
     """
     views, count = build_views(config), 0
-    views.at(0, 0, 0)  # imports and opens what is missing
+    views.at(0, 0, 0)  # not timed: imports modules and opens files
     start = time.perf_counter()
     while count < 4 or (time.perf_counter() - start < seconds and count < 256):
         views.at(0, count, count % len(views))
@@ -351,10 +351,10 @@ def measure_input(config: Config, seconds: float = 2) -> float:
 
 # %% ../nbs/12_cost.ipynb #c033
 def format_duration(seconds: float) -> str:
-    """A duration in a unit that suits it, such as "1.5 hours".
+    """A duration as text in a suitable unit, such as "1.5 hours".
 
     Args:
-        seconds: any number that is not negative
+        seconds: the duration, at least 0
     """
     for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= unit:
@@ -382,22 +382,23 @@ def _size_lines(config: Config, world_size: int) -> dict[str, str]:
 def _input_line(config: Config, cost: StepCost, world_size: int, loaded: float) -> str:
     trained = world_size * cost.batch / cost.seconds
     loaded *= world_size
-    line = f"{loaded:.0f} images per second, at most, from {config.workers} workers per process; "
+    line = f"at most {loaded:.0f} images per second from {config.workers} workers per process; "
     limit = "; loading is the limit" if loaded < trained else ""
-    return f"{line}training takes {trained:.0f}{limit}"
+    return f"{line}training needs {trained:.0f}{limit}"
 
 
 def cost_report(
     config: Config, images: int, cost: StepCost, world_size: int = 1, loaded: float | None = None
 ) -> str:
-    """The counted and the measured part of a plan, one line each.
+    """The counted and measured lines of a plan.
 
     Args:
         config: config of the run
         images: number of images in the data set
-        cost: what was measured
-        world_size: processes that share a batch
-        loaded: images per second of one process, from `measure_input`; None: no line about it
+        cost: result of `measure_step`
+        world_size: number of processes; they divide the batch
+        loaded: images per second of one process, from `measure_input`; if None, the line is left
+            out
     """
     config = replace(config, amp=cost.amp)
     steps = images // config.batch_size * config.epochs
@@ -426,10 +427,10 @@ def cost_report(
 
 # %% ../nbs/12_cost.ipynb #c039
 def check_disk_space(config: Config, checkpoint_bytes: float) -> None:
-    """Raise `UsageError` when the checkpoints of a run do not fit on the disk of --out.
+    """Raise `UsageError` if the checkpoints of a run do not fit on the disk of --out.
 
     Args:
-        config: its out and keep_checkpoints are used; one more checkpoint is being written
+        config: its `out` and `keep_checkpoints` are used; one more checkpoint exists during a save
         checkpoint_bytes: size of a checkpoint
     """
     out = Path(config.out)
@@ -441,33 +442,33 @@ def check_disk_space(config: Config, checkpoint_bytes: float) -> None:
     need = count * checkpoint_bytes
     if free < need:
         raise UsageError(
-            f"--out {config.out}: {free / 1e6:.0f} MB are free there, and {count} checkpoints of "
-            f"{checkpoint_bytes / 1e6:.0f} MB need {need / 1e6:.0f}; free some, give another "
-            "--out, or a lower --keep-checkpoints"
+            f"--out {config.out}: {free / 1e6:.0f} MB are free on its disk, and {count} "
+            f"checkpoints of {checkpoint_bytes / 1e6:.0f} MB need {need / 1e6:.0f} MB; free some "
+            "space, or give another --out or a lower --keep-checkpoints"
         )
 
 # %% ../nbs/12_cost.ipynb #c040
 def check_compiler(device: torch.device) -> None:
-    """Raise `UsageError` when torch.compile does not work here, such as without a C++ compiler.
+    """Raise `UsageError` if torch.compile does not work, such as without a C++ compiler.
 
     Args:
         device: device of the model
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as e:  # noqa: BLE001  whatever a compiler or its absence raises
+    except Exception as e:  # noqa: BLE001  a compiler, or its absence, may raise any error
         reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise UsageError(
-            f"--compile: torch.compile fails here ({reason[:200]}); install a C++ compiler such as "
-            "g++, or leave --compile out"
+            f"--compile: torch.compile fails ({reason[:200]}); install a C++ compiler such as g++, "
+            "or leave --compile out"
         ) from None
 
 # %% ../nbs/12_cost.ipynb #c041
 def preflight(config: Config) -> None:
-    """Check disk, workers, compiler and the connection of the processes; a collective.
+    """Check disk, workers, compiler and the connection of the processes. A collective.
 
     Args:
-        config: config of the run; raises `UsageError` or `RunError`, with the same message on all
+        config: config of the run; raises `UsageError` or `RunError` with the same message on all
             ranks
     """
     device, world_size = setup_device(config), distributed.world_size()

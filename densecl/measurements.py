@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/09a_measurements.ipynb #c005
 def has_matches(out: dict[str, Any]) -> bool:
-    """Whether a model has returned `match`, N x hw int64, and `grid`, (h, w).
+    """Whether the output of a model has `match`, N x hw int64, and `grid`, (h, w).
 
     Args:
         out: a result of `train_step`
@@ -48,7 +48,7 @@ def add_step(meter: Meter, out: dict[str, Any], batch: dict[str, Any]) -> None:
 
     Args:
         meter: changed in place
-        out: a result of `train_step`; what it lacks besides `loss` is left out
+        out: a result of `train_step`; entries other than `loss` and `grad_norm` may be missing
         batch: the batch of the step; without `affine_q`, matches are not counted
     """
     losses = {name: value for name, value in out.items() if name.startswith("loss_")}
@@ -71,7 +71,10 @@ def diagnostics(model: nn.Module, out: dict[str, Any]) -> dict[str, float | None
 
     Args:
         model: its `queue`, if it has one, contains the negatives
-        out: a result of `train_step`; None for what cannot be computed from it
+        out: a result of `train_step`
+
+    Returns:
+        `pos`, `neg`, `alike` and `alike_backbone`; None for a value whose entries are missing
     """
     q, k = _tensor(out, "q", 2), _tensor(out, "k", 2)  # N x dim
     f, r = _tensor(out, "f", 4), _tensor(out, "r", 4)
@@ -87,11 +90,11 @@ def diagnostics(model: nn.Module, out: dict[str, Any]) -> dict[str, float | None
 
 # %% ../nbs/09a_measurements.ipynb #f14c77c3
 def build_monitors(config: Config, model: nn.Module) -> list[DataWaitMonitor | CollapseMonitor]:
-    """What watches the rows of a run and warns.
+    """The monitors of a run: of the data loading, and for a `MoCo` of a collapse.
 
     Args:
         config: the config of the run
-        model: signs of a collapse are known for a `MoCo` only
+        model: the model of the run
     """
     monitors: list[DataWaitMonitor | CollapseMonitor] = [DataWaitMonitor(config)]
     if isinstance(model, MoCo):
@@ -100,7 +103,7 @@ def build_monitors(config: Config, model: nn.Module) -> list[DataWaitMonitor | C
 
 # %% ../nbs/09a_measurements.ipynb #c013
 def step_figure(batch: dict, out: dict, device: torch.device) -> "Figure | None":
-    """Figure of the matches of a step; None for a model that has none, such as MoCo-v2.
+    """Figure of the matches of a step; None for a model without matches, such as MoCo-v2.
 
     Args:
         batch: the batch of the step
@@ -116,7 +119,7 @@ class RunProbes:
     Args:
         config: the config of the run
         model: its query encoder `encoder_q` is probed
-        untrained: returns the encoder as it was before the training
+        untrained: function that returns the encoder before training
     """
 
     def __init__(
@@ -130,13 +133,13 @@ class RunProbes:
     def run(self, step: int, writer: RunWriter, meter: Meter) -> None:
         """Run the probes on rank 0, and log and print their results.
 
-        With the probe `match`, each call after the first saves a frame of an animation, and the
-        last one figures of the network before and after training.
+        With the probe `match`, each call after the first also saves a frame of an animation, and
+        the last call saves figures of the network before and after training.
 
         Args:
             step: steps done
-            writer: writer of the run
-            meter: its clock stops meanwhile
+            writer: writer of the run folder
+            meter: meter of the run; paused during the probes
         """
         if not writer.active:
             return

@@ -41,14 +41,14 @@ class MemoryCounter(TorchDispatchMode):
     """Context manager that counts the bytes of the tensors that operations inside create.
 
     Attributes:
-        now: bytes of those that still exist
-        peak: largest value of `now`
+        now: bytes of the tensors that still exist
+        peak: largest value of `now` so far
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()  # storages that exist
+        self.known: set[int] = set()  # keys of the storages that exist
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -72,11 +72,11 @@ class MemoryCounter(TorchDispatchMode):
 
 # %% ../nbs/08f_memory.ipynb #6c9f5cc3
 def copy_without_data(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
-    """Copies of both with fake tensors on the CPU; must be called in a `FakeTensorMode`.
+    """Copies of a model and its optimizer with fake tensors; to call in a `FakeTensorMode`.
 
     Args:
-        model: on any device
-        optimizer: of its parameters
+        model: a model on any device
+        optimizer: optimizer of its parameters
     """
     states = [x for state in optimizer.state.values() for x in state.values()]
     memo = {}
@@ -91,23 +91,22 @@ def copy_without_data(model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
 def estimate_peak(state: Any, batch: dict[str, Any], images: int) -> int:
     """Bytes of the tensors at the peak of a training step with gradient accumulation.
 
-    Without what libraries allocate for themselves, such as CUDA's context, the workspaces of
-    convolutions, and fragments.
+    The count does not include what libraries allocate themselves, such as CUDA's context, the
+    workspaces of convolutions, and fragmentation.
 
     Args:
-        state: `TrainState` of the run: config, model and optimizer are used
+        state: `TrainState` of the run; its config, model and optimizer are used
         batch: a batch of the loader, for the shapes of its tensors
-        images: per forward pass
+        images: number of images per forward pass
     """
-
-    from torch._subclasses.fake_tensor import FakeTensorMode  # an import that takes a second
+    from torch._subclasses.fake_tensor import FakeTensorMode  # this import takes a second
 
     def resize(x: Any) -> Any:
         return torch.empty(2 * images, *x.shape[1:], dtype=x.dtype) if isinstance(x, Tensor) else x
 
     config = replace(state.config, accumulate=2)
     device, scaler = torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False)
-    set_micro_batch(state.model, 0, 1)  # no keys are waiting
+    set_micro_batch(state.model, 0, 1)  # no keys of earlier micro-batches are pending
     with distributed.without_peers(), FakeTensorMode(), MemoryCounter() as counter:
         model, optimizer = copy_without_data(state.model, state.optimizer)
         if getattr(model, "chunk", None) == "auto":
@@ -134,7 +133,7 @@ def _left_in_container() -> float:
 
 
 def free_memory() -> float:
-    """Bytes of CPU memory that a process may still allocate; infinite where it is not known."""
+    """Bytes of CPU memory that this process can still allocate; infinite if unknown."""
     left = [_left_in_container()]
     for line in _read_lines("/proc/meminfo"):
         if line.startswith("MemAvailable"):
@@ -147,10 +146,10 @@ def free_memory() -> float:
 
 
 def device_memory(device: torch.device) -> float:
-    """Bytes that tensors of this process may still occupy; infinite where it is not known.
+    """Bytes that tensors of this process can still occupy; infinite if unknown.
 
     Args:
-        device: of this process
+        device: device of this process
     """
     if device.type != "cuda":
         return free_memory()
@@ -161,22 +160,23 @@ def device_memory(device: torch.device) -> float:
         return math.inf
 
 # %% ../nbs/08f_memory.ipynb #2a5c41eb
-def _larger_counts(share: int, images: int) -> list[int]:
-    """Numbers of micro-batches that divide `share` and leave fewer than `images` per pass."""
-    return [n for n in range(1, share + 1) if not share % n and share // n < images]
+def _larger_counts(local: int, images: int) -> list[int]:
+    """Numbers of micro-batches that divide `local` images into fewer than `images` per pass."""
+    return [n for n in range(1, local + 1) if not local % n and local // n < images]
 
 
 def options_that_fit(state: Any, batch: dict[str, Any], images: int) -> str:
-    """The options with which a step would fit, as a sentence; "" where nothing is known.
+    """The options with which a step would fit into memory, as a sentence.
 
     Args:
-        state: `TrainState` of the run, whose `memory` is what was free when it started
+        state: `TrainState` of the run; its `memory` is the free memory when the run started
         batch: a batch of the loader
-        images: per forward pass of the step that did not fit
+        images: number of images per forward pass of the step that did not fit
     """
     config, limit = state.config, state.memory
-    usable = (0.9 if state.device.type == "cuda" else 0.75) * limit  # libraries need some
-    counts = _larger_counts(config.batch_size // distributed.world_size(), images)
+    usable = (0.9 if state.device.type == "cuda" else 0.75) * limit  # the rest is for libraries
+    local = config.batch_size // distributed.world_size()
+    counts = _larger_counts(local, images)
     if not math.isfinite(limit):
         return f"try --accumulate {counts[0]}" if counts else ""
     few = max(1, images // 8)
@@ -187,10 +187,10 @@ def options_that_fit(state: Any, batch: dict[str, Any], images: int) -> str:
         slope = (failed - at_few) / max(1, images - few)
         return factor * (at_few + slope * (n - few))
 
-    share, found = config.batch_size // distributed.world_size(), []
+    found = []
     for count in counts:
-        if needed(share // count) <= usable:
-            found = [f"--accumulate {count} should fit (about {needed(share // count) / 2**30:.1f}"]
+        if needed(local // count) <= usable:
+            found = [f"--accumulate {count} should fit (about {needed(local // count) / 2**30:.1f}"]
             break
     if config.amp == "off" and distributed.has_bf16(state.device):
         bf16 = SimpleNamespace(**vars(state) | {"config": replace(config, amp="bf16")})
@@ -211,11 +211,11 @@ OUT_OF_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException, device: torch.device) -> bool:
-    """Whether a step has failed because the memory of its device is full.
+    """Whether a step failed because the memory of its device is full.
 
     Args:
-        error: raised by the step
-        device: of the model
+        error: the exception that the step raised
+        device: device of the model
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
@@ -227,11 +227,11 @@ def is_out_of_memory(error: BaseException, device: torch.device) -> bool:
 
 @contextmanager
 def explain_out_of_memory(state: Any, batch: dict[str, Any]) -> Iterator[None]:
-    """Context in which a full memory becomes a `RunError` with the options that would fit.
+    """Context manager that turns an out-of-memory error into a `RunError` with options that fit.
 
     Args:
         state: `TrainState` of the run
-        batch: the batch of the step inside
+        batch: batch of the step
     """
     try:
         yield
@@ -249,7 +249,7 @@ def _describe(state: Any, batch: dict[str, Any]) -> str:
     images = len(tree_leaves(batch["im_q"])[0]) // config.accumulate
     try:
         advice = options_that_fit(state, batch, images)
-    except Exception:  # noqa: BLE001  of a model that fake tensors cannot pass through
+    except Exception:  # noqa: BLE001  the model does not support fake tensors
         counts = _larger_counts(config.batch_size // distributed.world_size(), images)
         advice = f"try --accumulate {counts[0]}" if counts else "lower --image-size"
     if state.saved_step:

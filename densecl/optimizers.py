@@ -19,9 +19,9 @@ def decay_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict
     """Parameter groups for an optimizer: kernels and matrices with weight decay, vectors without.
 
     Args:
-        parameters: of the model
-        weight_decay: of the parameters with at least two dimensions; biases and the parameters of
-            normalization layers have fewer
+        parameters: parameters of the model
+        weight_decay: weight decay of the parameters with at least two dimensions; biases and the
+            parameters of normalization layers have fewer
     """
     parameters = list(parameters)
     kernels = [p for p in parameters if p.ndim > 1]
@@ -42,8 +42,8 @@ class LARS(torch.optim.Optimizer):
         lr: learning rate
         momentum: m, applied after the scaling. Default: 0.9
         weight_decay: of the kernels. Default: 0
-        trust_coefficient: norm of an update / norm of the kernel, at lr 1 and without momentum.
-            Default: 0.001, that of MoCo v3
+        trust_coefficient: ratio of the norm of an update to that of the kernel, at lr 1 and without
+            momentum. Default: 0.001, as in MoCo v3
     """
 
     def __init__(
@@ -92,8 +92,8 @@ def build_optimizer(config: Config, parameters: Iterable[Tensor]) -> torch.optim
     """The optimizer that a config names.
 
     Args:
-        config: its optimizer, lr, sgd_momentum and weight_decay are used
-        parameters: those that are trained
+        config: its `optimizer`, `lr`, `sgd_momentum` and `weight_decay` are used
+        parameters: the parameters to train
     """
     if config.optimizer == "sgd":
         options = {"momentum": config.sgd_momentum, "weight_decay": config.weight_decay}
@@ -106,10 +106,10 @@ def build_optimizer(config: Config, parameters: Iterable[Tensor]) -> torch.optim
 
 # %% ../nbs/08b_optimizers.ipynb #c019
 def create_momentum_(optimizer: torch.optim.Optimizer) -> None:
-    """Create the momentum of SGD before its first step, which a gradient scaler may skip.
+    """Create the momentum buffers of SGD before its first step, which a gradient scaler may skip.
 
     Args:
-        optimizer: any; only SGD is changed
+        optimizer: any optimizer; only SGD is changed
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return
@@ -123,7 +123,7 @@ def load_optimizer_(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
 
     Args:
         optimizer: changed in place
-        saved: its `state_dict`
+        saved: the `state_dict` of an optimizer of the same class
     """
     optimizer.load_state_dict(saved)
     for parameter, values in optimizer.state.items():

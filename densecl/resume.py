@@ -33,14 +33,14 @@ from .runtime import checkpoint, distributed
 from .runtime.io import UsageError
 
 # %% ../nbs/16_resume.ipynb #c007
-SAMPLE_SIZE = 64  # images whose content is compared
+SAMPLE_SIZE = 64  # number of images whose content is compared
 
 
 def names_sha1(source: ImageSource) -> str:
     """SHA-1 of the names of all images, in order; the same for a folder and an LMDB of it.
 
     Args:
-        source: any source; an LMDB that has left no image out stores the hash
+        source: any source; an LMDB without left-out images stores the hash
     """
     stored = source.metadata if isinstance(source, LmdbSource) else {}
     if "names" in stored and not stored.get("left_out"):
@@ -60,8 +60,8 @@ def names_sha1(source: ImageSource) -> str:
 def content_checksums(source: ImageSource) -> str:
     """CRC-32 of the undecoded content of evenly spaced images: at most `SAMPLE_SIZE` words.
 
-    A word is "-" where the content cannot be compared: it cannot be read, it is a tile of the
-    embedded photographs, or the LMDB has resized its images.
+    A word is "-" if the content cannot be compared: an unreadable image, a tile of the embedded
+    photographs, or an LMDB of resized images.
 
     Args:
         source: any source
@@ -86,7 +86,7 @@ def _checksum(source: ImageSource, index: int) -> str:
 
 # %% ../nbs/16_resume.ipynb #c009
 def source_fingerprint(source: ImageSource) -> dict[str, Any]:
-    """Number of images, hash of their names, checksums of some: what tells two sources apart.
+    """The fingerprint of a source: number of images, hash of the names, checksums of some images.
 
     Args:
         source: any source
@@ -99,17 +99,21 @@ def source_fingerprint(source: ImageSource) -> dict[str, Any]:
 
 
 def describe_fingerprint(fingerprint: Mapping[str, Any]) -> str:
-    """A fingerprint in a few words, for a message: the number of images and a short hash."""
+    """A fingerprint as short text: the number of images and 8 digits of a hash.
+
+    Args:
+        fingerprint: result of `source_fingerprint` or `dataset_fingerprint`
+    """
     text = json.dumps(fingerprint, sort_keys=True)
     return f"{fingerprint['images']} images ({hashlib.sha1(text.encode()).hexdigest()[:8]})"
 
 # %% ../nbs/16_resume.ipynb #c014
 def changed_images(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[int, int]:
-    """(How many of the images compared have another content, number of images compared).
+    """The number of compared images with different content, and the number of compared images.
 
     Args:
         saved: a fingerprint
-        now: another one, with the same names
+        now: another fingerprint with the same names
     """
     pairs = zip(saved.get("content", "").split(), now.get("content", "").split())
     known = [a != b for a, b in pairs if "-" not in (a, b)]
@@ -119,12 +123,12 @@ def changed_images(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[in
 def fingerprint_difference(
     saved: Mapping[str, Any], now: Mapping[str, Any], tolerance: float = 0.0
 ) -> str:
-    """In which way two fingerprints differ, in words; empty when they are of the same data.
+    """The difference of two fingerprints as text; empty if they are of the same data.
 
     Args:
         saved: the fingerprint that a run has stored
-        now: the fingerprint of the data given now
-        tolerance: accepted fraction of changed images among those compared
+        now: the fingerprint of the current data
+        tolerance: accepted fraction of changed images among the compared ones
     """
     if saved["images"] != now["images"]:
         return f"{saved['images']} images (now {now['images']})"
@@ -158,8 +162,8 @@ def dataset_fingerprint(dataset: Any) -> dict[str, Any]:
     """The fingerprint of a labeled dataset: `source_fingerprint`, classes and labels.
 
     Args:
-        dataset: with a length and `classes`; what it has of `images` and `masks` (sources) and
-            `annotations` (a tuple of values or arrays per image) is compared as well
+        dataset: has a length and `classes`; `images` and `masks` (sources) and `annotations` (a
+            tuple of values or arrays per image) are included if it has them
     """
     fingerprint = {"images": len(dataset), "classes": _sha1(dataset.classes)}
     images, masks = getattr(dataset, "images", None), getattr(dataset, "masks", None)
@@ -180,8 +184,8 @@ def splits_fingerprint(train: Any, test: Any) -> dict[str, Any]:
     """One fingerprint of a training set and a test set.
 
     Args:
-        train: a dataset for `dataset_fingerprint`
-        test: another one
+        train: training set, see `dataset_fingerprint`
+        test: test set
     """
     a, b = dataset_fingerprint(train), dataset_fingerprint(test)
     joined = {key: _sha1([a.get(key), b.get(key)]) for key in ("names", "classes", "labels")}
@@ -203,10 +207,10 @@ def gather_texts(text: str) -> list[str]:
 
 
 def rank_difference(rows: list[dict[str, str]]) -> str:
-    """The first name whose value is not the same on all ranks, with the ranks; or empty.
+    """The first name whose value differs between ranks, with the values and ranks; or empty.
 
     Args:
-        rows: of each rank, name -> value
+        rows: one dict per rank, name -> value
     """
     for name in rows[0]:
         ranks: dict[str, list[str]] = {}
@@ -219,11 +223,11 @@ def rank_difference(rows: list[dict[str, str]]) -> str:
 
 
 def check_same_on_all_ranks(values: Mapping[str, str], remedy: Mapping[str, str]) -> None:
-    """Raise the same `UsageError` on all ranks when a value differs between them. A collective.
+    """Raise the same `UsageError` on all ranks if a value differs between them. A collective.
 
     Args:
-        values: name -> this rank's value, in the order in which they are compared
-        remedy: name -> what would be right; the name "" for all others
+        values: name -> value of this rank, in the order of the comparison
+        remedy: name -> end of the message; the name "" is for all other names
     """
     difference = rank_difference([json.loads(row) for row in gather_texts(json.dumps(values))])
     if difference:
@@ -231,7 +235,7 @@ def check_same_on_all_ranks(values: Mapping[str, str], remedy: Mapping[str, str]
         raise UsageError(f"the processes differ in {difference}; {advice}")
 
 # %% ../nbs/16_resume.ipynb #c022
-# fields that may differ between ranks: paths of a machine, and what changes the speed only
+# fields that may differ between ranks: paths of a machine, and options that change only the speed
 OWN_FIELDS = (
     *("data_root", "probe_root", "weights", "out", "resume", "cache_dir"),
     *("workers", "threads"),
@@ -246,7 +250,7 @@ REMEDIES = {
 
 
 def code_version() -> str:
-    """A hash of this package's code, and PyTorch's version."""
+    """A hash of this package's code, and the version of PyTorch, as text."""
     digest = hashlib.sha1()
     for path in sorted(Path(checkpoint.__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
@@ -257,9 +261,9 @@ def check_ranks(config: Any, fingerprint: Mapping[str, Any], **more: Any) -> Non
     """Raise `UsageError` on all ranks unless code, config, data and more agree. A collective.
 
     Args:
-        config: the config of the run, of any command
-        fingerprint: of this rank's data
-        **more: further values, such as the step of the checkpoint that this rank has found
+        config: config of the run, of any command
+        fingerprint: fingerprint of this rank's data
+        **more: further values, such as the step of the checkpoint that this rank found
     """
     values = {"code": code_version()}
     values |= {k: str(v) for k, v in asdict(config).items() if k not in OWN_FIELDS}
@@ -274,9 +278,9 @@ def open_training_views(
     """Check the config, and return the dataset of view pairs with its fingerprint. A collective.
 
     Args:
-        config: the config of the run; raises `UsageError` on all ranks when it is wrong or the
-            data cannot be opened on one of them
-        views: dataset of images or view pairs, see `build_views`; None: the images of
+        config: the config of the run; raises `UsageError` on all ranks if it is wrong, or if one
+            rank cannot open the data
+        views: dataset of images or view pairs, see `build_views`. Default: the images of
             config.data_root
     """
     with distributed.raise_on_all_ranks():
@@ -284,7 +288,7 @@ def open_training_views(
         views = build_views(config, views)
         source = views
         while hasattr(source, "source") and not isinstance(source, SubsetSource):
-            source = source.source  # of views, or of a source that decodes another one
+            source = source.source  # the source of the views, or of a source that decodes another
         if isinstance(source, ImageSource):
             return views, source_fingerprint(source)
         return views, {"images": len(views)}
@@ -295,7 +299,7 @@ CHANGEABLE_FIELDS = frozenset(
     + ("resume", "dry_run", "device", "probe", "probe_every")
     + ("on_bad_image", "max_corrupt_fraction", "timeout", "cache_dir", "cache_gb")
 )
-# may change, too, and a line says so
+# fields that may change, too; a line reports the change
 REPORTED_FIELDS = (
     *("accumulate", "amp", "compile", "channels_last", "loss", "augment", "deterministic"),
     *("data_root", "include", "exclude", "probe_root"),  # the data is compared by its fingerprint
@@ -308,10 +312,10 @@ def _source_option(config: Config) -> str:
 
 
 def check_resumable(saved: Mapping[str, Any], config: Config) -> None:
-    """Raise `UsageError` when a checkpoint's config differs in a field that changes the run.
+    """Raise `UsageError` if a checkpoint's config differs in a field that changes the run.
 
     Args:
-        saved: the config in the checkpoint; a field that it lacks had today's default
+        saved: the config in the checkpoint; a missing field has the current default
         config: the config of this run
     """
     checkpoint.check_same_run(
@@ -324,7 +328,7 @@ def check_resumable(saved: Mapping[str, Any], config: Config) -> None:
 
 # %% ../nbs/16_resume.ipynb #c028
 def same_path(a: str, b: str) -> bool:
-    """Whether two paths are one after links, dots and slashes are resolved."""
+    """Whether two paths are equal after links, dots and slashes are resolved."""
     return os.path.realpath(a) == os.path.realpath(b)
 
 
@@ -336,26 +340,26 @@ def check_same_data(
     remedy: str,
     tolerance: float = 0.0,
 ) -> list[str]:
-    """Raise `UsageError` when a run was trained on other data; return remarks for the log.
+    """Raise `UsageError` if a run was trained on other data; return remarks for the log.
 
     Args:
-        saved: the fingerprint that the run has stored; None in one of an older version
-        now: the fingerprint of the data given now
-        paths: data_root of the run, and data_root now; compared only without a fingerprint
+        saved: the fingerprint that the run has stored; None for a run of an earlier version
+        now: the fingerprint of the current data
+        paths: data_root of the run, and the current data_root; compared only without a fingerprint
         source: start of the message: the option and path of the run
         remedy: end of the message
         tolerance: see `fingerprint_difference`
     """
     if saved is None and not same_path(*paths):
-        text = f"it is of an older version, with no fingerprint of its data: {paths[0]}"
+        text = f"a run of an earlier version, without a fingerprint of its data: {paths[0]}"
         raise UsageError(f"{source}: {text} cannot be compared with {paths[1]}; {remedy}")
     if saved is None:
-        return [f"{source} has no fingerprint of its data; {paths[1]} is taken to be the same"]
+        return [f"{source} has no fingerprint of its data; {paths[1]} is assumed to be the same"]
     difference = fingerprint_difference(saved, now, tolerance)
     if difference:
-        raise UsageError(f"{source} was run on other data: {difference}; {remedy}")
+        raise UsageError(f"{source} was trained on other data: {difference}; {remedy}")
     changed, compared = changed_images(saved, now)
-    text = f"{changed} of the {compared} images compared has changed since the run began"
+    text = f"{changed} of the {compared} compared images has changed since the run began"
     return [text.replace(" has ", " has " if changed == 1 else " have ")] if changed else []
 
 # %% ../nbs/16_resume.ipynb #c029
@@ -384,18 +388,18 @@ def check_checkpoint(
     data: Mapping[str, Any],
     hooks: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise `UsageError` when a checkpoint is of another run; print what has changed in this one.
+    """Raise `UsageError` if a checkpoint is of another run; print options that have changed.
 
     Args:
         saved: the checkpoint
         config: the config of this run
-        data: the fingerprint of the data given now
-        hooks: descriptions of what was given to `train`, see `describe_hooks`
+        data: the fingerprint of the current data
+        hooks: descriptions of the components that were given to `train`, see `describe_hooks`
     """
     check_resumable(saved["config"], config)
     hooks = hooks or {}
     stored = dict.fromkeys(hooks, "none") | (saved.get("hooks") or {})
-    remedy = "give train the same parts, another --out, or --resume never"
+    remedy = "give train the same components, another --out, or --resume never"
     checkpoint.check_same_run(stored, dict(hooks), (), _source_option(config), remedy)
     before, now = upgrade_config(saved["config"]), upgrade_config(asdict(config))
     remarks = check_same_data(
@@ -419,10 +423,10 @@ def find_checkpoint(
     """Load the checkpoint that --resume selects; None for a run from scratch. A collective.
 
     Args:
-        config: the config of the run; raises `UsageError` on all ranks when the checkpoint cannot
-            be read or is that of another run, or when the ranks differ
+        config: the config of the run; raises `UsageError` on all ranks if the checkpoint cannot
+            be read, if it is of another run, or if the ranks differ
         data: the fingerprint of this rank's data
-        hooks: descriptions of what was given to `train` on this rank, see `describe_hooks`
+        hooks: descriptions of the components that were given to `train` on this rank
     """
     saved = None
     with distributed.raise_on_all_ranks():

@@ -18,7 +18,7 @@ from .config import Config, upgrade_config, validate_field
 from .runtime.io import UsageError, read_log
 
 # %% ../nbs/10b_run_files.ipynb #c005
-Rows = Sequence[dict[str, Any]]  # of metrics.jsonl, in order
+Rows = Sequence[dict[str, Any]]  # rows of metrics.jsonl, in order
 
 
 def field_values(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +26,7 @@ def field_values(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         rows: rows of metrics.jsonl
-        name: of the field
+        name: name of the field
     """
     found = [(row["step"], row[name]) for row in rows if type(row.get(name)) in (int, float)]
     steps = np.array([step for step, _ in found], float)
@@ -44,7 +44,7 @@ def is_own_model(rows: Rows) -> bool:
 
 # %% ../nbs/10b_run_files.ipynb #c008
 def run_folder(path: Path | str) -> Path:
-    """The run folder that a path names, its metrics.jsonl or itself.
+    """The run folder of a path.
 
     Args:
         path: a run folder, or the metrics.jsonl in it
@@ -54,25 +54,25 @@ def run_folder(path: Path | str) -> Path:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl that contain a loss; raises `UsageError`.
+    """The rows of a metrics.jsonl that contain a loss.
 
     Args:
-        path: the file
+        path: the file; raises `UsageError` if it has no such row
     """
     rows = [row for row in read_log(path) if "probe" not in row]
     names = ("loss_global", "loss")
     rows = [row for row in rows if any(len(field_values([row], name)[1]) for name in names)]
     if not rows:
-        text = f"{path}: no row with a loss yet; the first comes after --log-every steps"
+        text = f"{path}: no row with a loss yet; the first is written after --log-every steps"
         raise UsageError(text)
     return rows
 
 # %% ../nbs/10b_run_files.ipynb #c010
 def read_run_config(path: Path) -> Config:
-    """The `Config` in a run's config.json, of this or an older version; raises `UsageError`.
+    """The `Config` in a run's config.json, of this or an earlier version.
 
     Args:
-        path: the file
+        path: the file; raises `UsageError` if a value is not valid
     """
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -80,18 +80,18 @@ def read_run_config(path: Path) -> Config:
         text = f"{path}: cannot be read ({type(e).__name__}); it must be beside metrics.jsonl"
         raise UsageError(text) from None
     if not isinstance(saved, dict):
-        raise UsageError(f"{path}: not an object; it is not what a run wrote")
+        raise UsageError(f"{path}: not a JSON object; it was not written by a run")
     saved = upgrade_config(saved)
     known = [field for field in fields(Config) if field.name in saved]
     for field in known:
         wrong = validate_field(field, saved[field.name])
         if wrong:
-            raise UsageError(f"{path}: {field.name}: {wrong}; it is not what a run wrote")
+            raise UsageError(f"{path}: {field.name}: {wrong}; it was not written by a run")
     return Config(**{field.name: saved[field.name] for field in known})
 
 
 def read_run(path: Path | str) -> tuple[list[dict[str, Any]], Config]:
-    """The rows that contain losses, and the `Config`, of a run; raises `UsageError`.
+    """The rows with losses and the `Config` of a run; raises `UsageError` as its parts do.
 
     Args:
         path: a run folder, or the metrics.jsonl in it
@@ -101,10 +101,10 @@ def read_run(path: Path | str) -> tuple[list[dict[str, Any]], Config]:
 
 
 def read_probes(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a run that contain results of probes; raises `UsageError`.
+    """The rows of a run that contain results of probes.
 
     Args:
-        path: a run folder, or the metrics.jsonl in it
+        path: a run folder, or the metrics.jsonl in it; raises `UsageError` if there is no file
     """
     rows = read_log(run_folder(path) / "metrics.jsonl")
     return [row for row in rows if isinstance(row.get("probe"), str)]

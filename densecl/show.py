@@ -23,18 +23,18 @@ def parser() -> Parser:
     """Return the argument parser of the command."""
     main = Parser(
         prog="densecl show",
-        description="Draw the matches of two images, computed from the features of any weights.",
+        description="Draw the matches of two images, computed from the features of a network.",
     )
     main.add_argument(
         "--weights",
         required=True,
-        help="a run's last.pt, any weight file, or the name of a released checkpoint: coco-800ep",
+        help="last.pt of a run, any file of weights, or a released checkpoint such as coco-800ep",
     )
     main.add_argument("--images", required=True, nargs=2, metavar=("A", "B"), help="two images")
     main.add_argument(
         "--out",
         default="matches.png",
-        help="the figure to write (.png, .jpg, .pdf), or an interactive web page (.html)",
+        help="figure (.png, .jpg, .pdf) or interactive web page (.html) to write",
     )
     main.add_argument(
         "--size", type=int, default=320, help="short side of the network's input in pixels"
@@ -43,7 +43,7 @@ def parser() -> Parser:
         "--features",
         choices=("backbone", "dense"),
         default="backbone",
-        help="compare backbone features or dense projections",
+        help="features to compare: of the backbone, or projections of the dense head",
     )
     main.add_argument(
         "--lines", type=int, default=40, help="number of mutual nearest neighbors to draw"
@@ -52,21 +52,21 @@ def parser() -> Parser:
 
 # %% ../nbs/13_show.ipynb #c007
 def _check_args(args: Namespace) -> None:
-    """Raise `UsageError` for options that argparse cannot check."""
+    """Raise `UsageError` for an invalid size, suffix or folder."""
     out = Path(args.out)
     if not 32 <= args.size <= 4096:
         raise UsageError(f"--size {args.size}: must be between 32 and 4096 pixels")
     if out.suffix.lower() not in OUTPUT_SUFFIXES:
         raise UsageError(f"--out {args.out}: must end in {', '.join(OUTPUT_SUFFIXES)}")
     if not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {args.out}: its folder is not there")
+        raise UsageError(f"--out {args.out}: no folder {out.parent}")
 
 # %% ../nbs/13_show.ipynb #c009
 def main(argv: list[str]) -> None:
     """Run `densecl show`: draw the matches of two images.
 
     Args:
-        argv: arguments of the command, without its name
+        argv: arguments of the command, without the program's name
     """
     args = parser().parse_args(argv)
     _check_args(args)
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     else:
         figure = show_matches(encoder, *images, args.features, args.lines)
         figure.savefig(args.out, dpi=110)
-    note = "" if encoder.dense_head else "; the weights have no dense head: backbone features"
+    note = "" if encoder.dense_head else "; the weights have no dense head: backbone features used"
     print(f"wrote {args.out}{note}")
 
 # %% ../nbs/13_show.ipynb #c010

@@ -50,7 +50,7 @@ def parser(default: Config) -> Parser:
     """Parser of the train command: one option per field of the config.
 
     Args:
-        default: the config whose values hold where no option is given
+        default: config with the default values of the options
     """
     renamed = {option_name(old): option_name(new) for old, new in RENAMED_FIELDS.items()}
     for name, values in RENAMED_VALUES.items():
@@ -61,8 +61,8 @@ def parser(default: Config) -> Parser:
         description="Pre-train DenseCL or MoCo-v2. The preset comes first, then options.",
         renamed=renamed,
     )
-    parser.add_argument("preset", nargs="?", help="the recipe to start from; --list shows them")
-    parser.add_argument("--list", action="store_true", help="show the presets and end")
+    parser.add_argument("preset", nargs="?", help="name of the base config; --list prints them")
+    parser.add_argument("--list", action="store_true", help="print the presets and exit")
     add_config(parser, default)
     return parser
 
@@ -83,31 +83,31 @@ def parse_args(argv: list[str]) -> Namespace:
     """Arguments with `preset`, `list` and `config`: the preset with the given options.
 
     Args:
-        argv: the arguments; raises `UsageError` for wrong ones
+        argv: arguments of the command; raises `UsageError` if one is wrong
     """
     args = parser(Config()).parse_args(argv)
     if args.list:
         return args
-    # all processes and micro-batches can share the batch of `own` until it is recommended
-    share = launch().world_size * max(1, args.config.accumulate)
-    known = presets | {"own": replace(OWN, batch_size=share)}
+    # a valid batch size for `own` until its values are recommended
+    size = launch().world_size * max(1, args.config.accumulate)
+    known = presets | {"own": replace(OWN, batch_size=size)}
     if not args.preset:
         raise UsageError(f"give a preset first: {', '.join(known)}")
     if args.preset not in known:
         guess = did_you_mean(args.preset, known)
         raise UsageError(f"no preset {args.preset}; there are {', '.join(known)}{guess}")
-    args = parser(known[args.preset]).parse_args(argv)  # again, with the preset's values
+    args = parser(known[args.preset]).parse_args(argv)
     args.config = replace(args.config, out=args.config.out or f"runs/{args.preset}")
     return args
 
 # %% ../nbs/10_train.ipynb #c017
 def run_plan(config: Config, images: int, world_size: int = 1) -> str:
-    """What a run would do, one line per subject.
+    """The plan of a run, one line per subject.
 
     Args:
         config: the config of the run
         images: number of images in the data set
-        world_size: processes that share a batch
+        world_size: number of processes; they divide the batch
     """
     steps, side = images // config.batch_size, grid_size(config) or "?"
     total = steps * config.epochs
@@ -117,7 +117,7 @@ def run_plan(config: Config, images: int, world_size: int = 1) -> str:
     lines = {
         "data": f"{config.data_root}: {images} images, {steps} steps per epoch, "
         f"{total} steps in {config.epochs} epochs",
-        "batch": f"{_share_of(config, world_size)}; "
+        "batch": f"{_describe_batch(config, world_size)}; "
         f"{images % config.batch_size} images left over per epoch",
         "model": f"{config.method}, {config.backbone}, {config.image_size} px: "
         f"{side} x {side} cells; embeddings of {config.dim}",
@@ -129,23 +129,23 @@ def run_plan(config: Config, images: int, world_size: int = 1) -> str:
         "device": f"{config.device}, {arithmetic.get(config.amp, config.amp)}",
         "ends": f"after {min(config.max_steps or sys.maxsize, total)} steps",
         "begins": _start_of(config),
-        "writes": f"{config.out}/ with config.json, metrics.jsonl and events (a row every "
+        "writes": f"{config.out}/ with config.json, metrics.jsonl and events (one row per "
         f"{config.log_every} steps), last.pt, step-*.pt and matches/*.png (every "
         f"{config.save_every} steps; {config.keep_checkpoints} checkpoints are kept)",
     }
     return "\n".join(f"{subject:8}{text}" for subject, text in lines.items())
 
 
-def _share_of(config: Config, world_size: int) -> str:
-    """How the processes and the micro-batches share a batch."""
-    share, count = config.batch_size // world_size, config.accumulate
+def _describe_batch(config: Config, world_size: int) -> str:
+    """Images per step, per process and per micro-batch."""
+    local, count = config.batch_size // world_size, config.accumulate
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
-    parts = f", in {count} micro-batches of {share // count}" if count > 1 else ""
-    return f"{config.batch_size} images per step, {share} per process, {processes}{parts}"
+    parts = f", in {count} micro-batches of {local // count}" if count > 1 else ""
+    return f"{config.batch_size} images per step, {local} per process, {processes}{parts}"
 
 
 def micro_batch_hints(config: Config) -> list[str]:
-    """Advice when the micro-batches are small; empty otherwise.
+    """Advice if the micro-batches are small; otherwise empty.
 
     Args:
         config: the config of the run
@@ -153,7 +153,7 @@ def micro_batch_hints(config: Config) -> list[str]:
     part = config.batch_size // config.accumulate
     if config.accumulate == 1 or part >= 16:
         return []
-    hint = f"--accumulate {config.accumulate} leaves {part} images per micro-batch, few for BN: "
+    hint = f"--accumulate {config.accumulate}: only {part} images per micro-batch, few for BN; "
     return [hint + f"--batch-size {config.batch_size} is the total of a step"]
 
 
@@ -176,7 +176,7 @@ def _start_of(config: Config) -> str:
 
 # %% ../nbs/10_train.ipynb #f1f6bdc4
 def optimizer_hints(config: Config) -> list[str]:
-    """Advice when the learning rate or the weight decay is unusual for the optimizer.
+    """Advice if the learning rate or the weight decay is unusual for the optimizer.
 
     Args:
         config: the config of the run
@@ -193,17 +193,17 @@ def optimizer_hints(config: Config) -> list[str]:
 
 # %% ../nbs/10_train.ipynb #c021
 def print_measured(config: Config, images: int, world_size: int = 1, first: bool = True) -> None:
-    """Print the counted and the measured part of the plan; writes nothing.
+    """Print the counted and the measured part of the plan; writes nothing. A collective.
 
     Args:
         config: the config of the run
         images: number of images in the data set
-        world_size: processes that share a batch; each takes part
+        world_size: number of processes; they divide the batch
         first: whether this process prints
     """
     try:
         from densecl.cost import cost_report, measure_input, measure_step
-    except Exception as e:  # noqa: BLE001  whatever a broken installation raises
+    except Exception as e:  # noqa: BLE001  a broken installation may raise any error
         if first:
             print(f"step    not measured, since torch cannot be imported: {e}")
         return
@@ -217,12 +217,13 @@ def print_measured(config: Config, images: int, world_size: int = 1, first: bool
 
 # %% ../nbs/10_train.ipynb #c022a
 def own_choices(argv: list[str], config: Config, images: int) -> list[Choice]:
-    """The values that the preset `own` recommends; raises `UsageError`.
+    """The values that the preset `own` recommends.
 
-    Given options count, then the values of the run that would be continued.
+    A given option has precedence over a value of the run that would be continued, and that over
+    a recommended value.
 
     Args:
-        argv: the arguments
+        argv: arguments of the command
         config: the config with the given options
         images: number of images in the data set
     """
@@ -247,7 +248,12 @@ def own_choices(argv: list[str], config: Config, images: int) -> list[Choice]:
 
 
 def check_run(argv: list[str], args: Namespace) -> tuple[Config, list[Choice], ImageSource]:
-    """The complete config, the choices of `own`, and the images; raises `UsageError`."""
+    """The complete config, the choices of `own`, and the images.
+
+    Args:
+        argv: arguments of the command
+        args: result of `parse_args`; raises `UsageError` if a value or the data is not valid
+    """
     config, choices, world_size = args.config, [], launch().world_size
     validate_config(config, world_size, need_data=True)
     source = open_source(config.data_root, config.include, config.exclude)
@@ -271,15 +277,15 @@ def check_together(
     """The result of `check_run`; its `UsageError` is raised on all machines.
 
     Args:
-        argv: the arguments
-        args: from `parse_args`
+        argv: arguments of the command
+        args: result of `parse_args`
     """
     here, error, found = launch(), None, None
     several = here.world_size > here.local_world_size
     try:
         found = check_run(argv, args)
     except UsageError as e:
-        if not several:  # all ranks find the same
+        if not several:  # all ranks of this machine raise the same error
             raise
         error = e
     if several:
@@ -290,7 +296,11 @@ def check_together(
 
 # %% ../nbs/10_train.ipynb #c023
 def main(argv: list[str]) -> None:
-    """Check everything that can be checked before torch is imported, then train."""
+    """Check the arguments and the data before torch is imported, then train.
+
+    Args:
+        argv: arguments of the command, without the program's name
+    """
     args = parse_args(argv)
     if args.list:
         print(preset_table())

@@ -93,15 +93,15 @@ class TrainState:
     Args:
         config: the config of the run
         device: device of the model
-        hooks: what is used in place of the config's model, optimizer and schedule
+        hooks: custom model, optimizer, schedule and log function. Default: none
 
     Attributes:
         step: number of steps done
-        saved_step: step of the last checkpoint; 0: there is none
-        memory: bytes that were free on the device before the model
-        data: fingerprint of the data (`resume.source_fingerprint`); None: not known
-        descriptions: of the hooks, see `describe_hooks`
-        untrained: the initial encoder of a model in `hooks`, if a probe needs it
+        saved_step: step of the last checkpoint; 0 if there is none
+        memory: free memory of the device before the model was built, in bytes
+        data: fingerprint of the data (`resume.source_fingerprint`); None if unknown
+        descriptions: descriptions of the hooks, from `describe_hooks`
+        untrained: copy of the initial encoder of a model in `hooks`, if a probe needs it
     """
 
     def __init__(self, config: Config, device: torch.device, hooks: Hooks | None = None) -> None:
@@ -114,10 +114,10 @@ class TrainState:
         self.descriptions: dict[str, str] = {}
         self.memory = device_memory(device)
         model = build_model(config) if hooks.model is None else hooks.model
-        wanted = hooks.model is not None and "match" in config.probe
-        self.untrained = copy.deepcopy(model.encoder_q) if wanted else None
+        needed = hooks.model is not None and "match" in config.probe
+        self.untrained = copy.deepcopy(model.encoder_q) if needed else None
         self.model = model.to(device)
-        # of the model; a geometry warm-up exchanges them
+        # the model's own function; a geometry warm-up replaces it in the model for a while
         self.positives = getattr(model, "positives", None)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -131,7 +131,7 @@ class TrainState:
             create_momentum_(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the state, without copies."""
+        """The part of a checkpoint that belongs to the state; tensors are not copied."""
         return {
             "step": self.step,
             "config": asdict(self.config),
@@ -152,12 +152,16 @@ class TrainState:
         self.saved_step = saved["step"]
         self.model.load_state_dict(saved["model"])
         load_optimizer_(self.optimizer, saved["optimizer"])
-        if saved["scaler"]:  # empty: it was saved with another --amp
+        if saved["scaler"]:  # empty if it was saved with another --amp
             self.scaler.load_state_dict(saved["scaler"])
 
 # %% ../nbs/09_trainer.ipynb #c014
 def recovery_advice(state: TrainState) -> str:
-    """What the user can do when a value is not finite: the end of an error message."""
+    """The end of an error message about a value that is not finite: what to try.
+
+    Args:
+        state: state of the run
+    """
     config, lr = state.config, state.optimizer.param_groups[0]["lr"]
     good = "there is no checkpoint yet"
     if state.saved_step:
@@ -167,18 +171,24 @@ def recovery_advice(state: TrainState) -> str:
 
 
 def check_losses(state: TrainState, meter: Meter) -> None:
-    """Raise `RunError` when a loss or gradient since the last row is not finite. A collective."""
+    """Raise `RunError` if a loss or gradient since the last row is not finite. A collective.
+
+    Args:
+        state: state of the run
+        meter: losses and gradient norms since the last row
+    """
     check_gradient = state.config.amp != "fp16"  # fp16's scaler skips such steps
     check_finite(meter, state.step, recovery_advice(state), check_gradient)
 
 
 def checkpoint_state(state: TrainState, meter: Meter, corrupt: CorruptImageCounter) -> dict:
-    """Content of a checkpoint; raise `RunError` when the run is not finite. A collective.
+    """Content of a checkpoint. A collective.
 
     Args:
-        state: the state to save; its `saved_step` is set
-        meter: what was measured since the last row
-        corrupt: the corrupt images of this rank
+        state: the state to save; its `saved_step` is set. Raises `RunError` if a loss, gradient or
+            parameter is not finite
+        meter: measurements since the last row
+        corrupt: counter of this rank's corrupt images
     """
     check_losses(state, meter)
     if not torch.stack([p.isfinite().all() for p in state.model.parameters()]).all():
@@ -196,8 +206,8 @@ def resume_run(state: TrainState, meter: Meter, corrupt: CorruptImageCounter) ->
     """Continue from the checkpoint that --resume selects, if there is one. A collective.
 
     Args:
-        state: changed in place, its `data` is compared; raises `UsageError` when the checkpoint is
-            that of another run, or the ranks differ
+        state: changed in place; its `data` is compared. Raises `UsageError` if the checkpoint is
+            of another run, or the ranks differ
         meter: changed in place
         corrupt: changed in place
     """
@@ -210,10 +220,10 @@ def resume_run(state: TrainState, meter: Meter, corrupt: CorruptImageCounter) ->
 
 # %% ../nbs/09_trainer.ipynb #c022
 def step_seed(seed: int, step: int) -> int:
-    """Seed of what this rank draws in a step: the shuffle on rank 0, dropout and the like on all.
+    """Seed of this rank's random numbers in a step: dropout, random positives, the shuffle.
 
     Args:
-        seed: of the run
+        seed: seed of the run
         step: steps done
     """
     # torch keeps 32 bits; the prime is larger than the number of steps of a run
@@ -221,7 +231,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def set_schedules(state: TrainState, steps_per_epoch: int) -> None:
-    """Set learning rate, lambda and the choice of positives for the next step.
+    """Set the learning rate, lambda and the function of the positives for the next step.
 
     Args:
         state: its optimizer and model are changed
@@ -238,7 +248,7 @@ def set_schedules(state: TrainState, steps_per_epoch: int) -> None:
 
 
 def end_warmups(state: TrainState) -> None:
-    """Set lambda and the positives to those after the warm-ups.
+    """Set lambda and the function of the positives to their values after the warm-ups.
 
     Args:
         state: its model is changed
@@ -258,7 +268,7 @@ def train_step(state: TrainState, forward: nn.Module, batch: dict, steps_per_epo
         steps_per_epoch: number of steps per epoch
 
     Returns:
-        the model's outputs, and `grad_norm`, a 0-dim tensor
+        The model's outputs, and `grad_norm`, a 0-dim tensor
     """
     config = state.config
     set_schedules(state, steps_per_epoch)
@@ -279,11 +289,11 @@ def train_step(state: TrainState, forward: nn.Module, batch: dict, steps_per_epo
 def setup_device(config: Config) -> torch.device:
     """Join the process group, set threads and determinism, and return this process's device.
 
-    Unless --deterministic, cuDNN measures which of its algorithms is the fastest.
+    Without --deterministic, cuDNN benchmarks its algorithms and uses the fastest.
 
     Args:
-        config: the config of the run; raises `UsageError` for SyncBN without CUDA, and for
-            --deterministic where CUDA has no deterministic algorithm
+        config: the config of the run. Raises `UsageError` for SyncBN without CUDA, and for
+            --deterministic with an operation that has no deterministic algorithm on CUDA
     """
     slow = {"keypoints", "segment", "linear", "svm"} & set(config.probe.split(","))
     # the other ranks wait for rank 0's probes
@@ -306,7 +316,7 @@ def report_arithmetic(config: Config) -> None:
     """Print the arithmetic of a run on rank 0, unless it is that of the authors.
 
     Args:
-        config: the config of the run, with its --amp chosen
+        config: the config of the run, with a resolved `amp`
     """
     if config.amp == "off" and not config.channels_last:
         return
@@ -318,7 +328,7 @@ def report_arithmetic(config: Config) -> None:
 
 def _check_deterministic(config: Config, device: torch.device) -> None:
     options = [f"--grid {config.grid}"] if config.grid else []
-    if config.padding == "reflect":  # PyTorch has one for replicate
+    if config.padding == "reflect":  # replicate has a deterministic gradient
         options.append("--padding reflect")
     if options and config.deterministic and device.type == "cuda":
         raise UsageError(
@@ -328,12 +338,12 @@ def _check_deterministic(config: Config, device: torch.device) -> None:
 
 # %% ../nbs/09_trainer.ipynb #c028
 def wrap_model(model: nn.Module, config: Config) -> nn.Module:
-    """Compile the encoders on request, and wrap the model in DDP when there are several processes.
+    """Compile the encoders if the config says so, and wrap the model in DDP for several processes.
 
-    A model without encoders is compiled as a whole.
+    A model without encoders is compiled as one module.
 
     Args:
-        model: on its device; changed in place
+        model: the model on its device; changed in place
         config: the config of the run
     """
     if config.compile:
@@ -351,12 +361,12 @@ def wrap_model(model: nn.Module, config: Config) -> nn.Module:
 def log_fields(state: TrainState, steps_per_epoch: int, corrupt: CorruptImageCounter) -> dict:
     """Step, epoch (from 0), learning rate, filled fraction of the queue, and corrupt images.
 
-    With fp16 also the scale of the loss.
+    With fp16, also the scale of the loss. A collective.
 
     Args:
         state: the state after the step
         steps_per_epoch: number of steps per epoch
-        corrupt: the corrupt images of this rank
+        corrupt: counter of this rank's corrupt images
     """
     config = state.config
     count = distributed.all_reduce_sum(torch.tensor(corrupt.count))
@@ -374,10 +384,10 @@ def log_fields(state: TrainState, steps_per_epoch: int, corrupt: CorruptImageCou
 
 # %% ../nbs/09_trainer.ipynb #c039
 def should_run(every: int, step: int, last: int) -> bool:
-    """Whether something that is done every N steps, and at the end, is due.
+    """Whether `step` is a multiple of `every` or the last step.
 
     Args:
-        every: N; 0: only at the end
+        every: N; 0: only after the last step
         step: steps done
         last: last step of the run
     """
@@ -388,24 +398,24 @@ def build_probes(state: TrainState) -> RunProbes:
     """The probes of a run.
 
     Args:
-        state: before its first step
+        state: state of the run
     """
 
     def untrained() -> nn.Module:
         if state.hooks.model is not None:
             return state.untrained
-        return build_model(state.config).encoder_q  # the same seed: the initial network
+        return build_model(state.config).encoder_q  # the same seed gives the initial network
 
     return RunProbes(state.config, state.model, untrained)
 
 # %% ../nbs/09_trainer.ipynb #c047
 def write_row(writer: RunWriter, row: dict[str, Any], monitors: Sequence[Any]) -> None:
-    """Write a row of metrics and show it to the monitors, which may print a warning.
+    """Write a row of metrics and pass it to the monitors, which may print a warning.
 
     Args:
-        writer: writer of the run
-        row: by the name of the field
-        monitors: from `build_monitors`
+        writer: writer of the run folder
+        row: the row, name of a field -> value
+        monitors: result of `build_monitors`
     """
     writer.write_row(row)
     for monitor in monitors:
@@ -425,10 +435,10 @@ def run_steps(
     Args:
         state: changed in place
         views: dataset of view pairs
-        writer: writer of the run
-        meter: what was measured since the last row
-        corrupt: the corrupt images of this rank, changed in place
-        stop_signal: checked once per step
+        writer: writer of the run folder
+        meter: measurements since the last row
+        corrupt: counter of this rank's corrupt images, changed in place
+        stop_signal: signals that were received; checked once per step
     """
     config, last = state.config, writer.last_step
     steps_per_epoch, _ = count_steps(config, len(views))
@@ -464,9 +474,9 @@ def open_state(config: Config, device: torch.device, hooks: Hooks, views: Datase
 
     Args:
         config: the config of the run
-        device: of this process
-        hooks: the arguments of `train`; raises `UsageError` on all ranks when the views lack what
-            the model takes
+        device: device of this process
+        hooks: the arguments of `train`. Raises `UsageError` on all ranks if the views lack an
+            entry that the model needs
         views: dataset of view pairs
     """
     with distributed.raise_on_all_ranks():
@@ -492,17 +502,17 @@ def train(
 
     Args:
         config: the config of the run
-        views: dataset of images or of view pairs, see `build_views`; None: two views of the images
-            of config.data_root
+        views: dataset of images or of view pairs, see `build_views`. Default: two views of each
+            image of config.data_root
         model: a module whose forward takes the entries of a batch that its `batch_keys` names
-            (im_q and im_k by default), and returns a dict with `loss`; trained in place. None: the
-            model of the config
-        optimizer: a function, list of parameters -> optimizer; its learning rates are the highest
-            ones of the schedule. None: `build_optimizer` of the config
-        schedule: a function, (config, step, steps_per_epoch) -> learning rate. None:
+            (im_q and im_k if it has none), and returns a dict with `loss`; trained in place.
+            Default: the model of the config
+        optimizer: a function, list of parameters -> optimizer; its learning rates are the initial
+            values of the schedule. Default: `build_optimizer` of the config
+        schedule: a function, (config, step, steps_per_epoch) -> learning rate. Default:
             `learning_rate` of the config
         log: a function that is called on rank 0 with each row of metrics.jsonl, a dict; an
-            exception in it is reported and does not end the run. None: no call
+            exception in it is reported and does not end the run. Default: none
     """
     device, hooks = setup_device(config), Hooks(model, optimizer, schedule, log)
     with distributed.raise_on_all_ranks():

@@ -67,7 +67,7 @@ def test_a_run_with_other_choices_trains_and_its_weights_load(tmp_path, options)
         ("--match nearest", "choose from backbone"),
         ("--method mocov2 --match geometry", "no dense loss"),
         ("--negatives all", "choose from pooled"),
-        ("--match sinkhorn --negatives intra-image", "leaves none as --negatives intra-image"),
+        ("--match sinkhorn --negatives intra-image", "none is left for --negatives intra-image"),
         ("--bn sync --device cpu", "SyncBN needs CUDA"),
     ],
     ids=str,

@@ -218,8 +218,9 @@ def test_an_out_that_is_a_file_is_refused(place, capsys):
 
 def field_docs():
     """The string below each field of the config: name -> text."""
-    body = ast.parse(inspect.getsource(densecl.config.Config)).body[0].body
-    pairs = [(a, b) for a, b in pairwise(body) if isinstance(a, ast.AnnAssign)]
+    groups = [cls for cls in densecl.config.Config.__mro__ if cls is not object]
+    bodies = [ast.parse(inspect.getsource(cls)).body[0].body for cls in groups]
+    pairs = [(a, b) for body in bodies for a, b in pairwise(body) if isinstance(a, ast.AnnAssign)]
     return {a.target.id: " ".join(b.value.value.split()) for a, b in pairs}
 
 

@@ -150,7 +150,7 @@ def test_one_class_file_for_masks_and_boxes(base, encoding):
     [
         (b"", "an empty file"),
         (b"a\n\nb", "line 2 is empty"),
-        (b"a\nb\na", "'a' is there twice"),
+        (b"a\nb\na", "'a' occurs twice"),
         (b"\x89PNG\r\n\0\0", "not a text file"),
         (b"caf\xe9\nb", "cannot be printed"),
         (b"only", "it needs two or more"),

@@ -471,9 +471,9 @@ class Stream(IterableDataset):
 
 VIEW = torch.zeros(3, 32, 32)
 VIEWS = {
-    "a dict without an image": (Items({"name": "a.jpg", "label": 3}), "dict is no image"),
+    "a dict without an image": (Items({"name": "a.jpg", "label": 3}), "dict is not an image"),
     "one view, normalized": (Items(VIEW - 1), "from -1 to -1; expected floats from 0 to 1"),
-    "paths": (Items(("a.jpg", 0)), "tuple is no image"),
+    "paths": (Items(("a.jpg", 0)), "tuple is not an image"),
     "other shapes": (Items((VIEW, VIEW[:, :9])), r"\[3, 32, 32\] and \[3, 9, 32\]"),
     "iterable": (Stream(), "a Stream has no len"),
     "a generator": ((pair for pair in [(VIEW, VIEW)]), "a generator has no len"),

@@ -314,5 +314,5 @@ def test_the_doctor_judges_a_run_of_an_own_model(tmp_path, capsys):
     train(replace(TINY, out=str(tmp_path)), CropViews(), SimSiam())
     doctor.main([str(tmp_path)])
     text = capsys.readouterr().out
-    assert "a model of your own after 6 steps" in text and "no reference values" in text
+    assert "a custom model after 6 steps" in text and "no reference values" in text
     assert (tmp_path / "doctor.png").exists()

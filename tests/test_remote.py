@@ -189,8 +189,8 @@ def test_faults_are_named(shards):
         assert "was changed" in message(source.read, 23)
         assert "changed since its index" in message(open_source, root)
         path.unlink()
-        assert "set-02.tar: not there" in message(source.read, 23)
-        assert "set-02.tar: not there" in message(open_source, root)
+        assert "set-02.tar: not found" in message(source.read, 23)
+        assert "set-02.tar: not found" in message(open_source, root)
         with pytest.raises(RunError):  # ends the run; a missing shard is no corrupt image
             source.load_or_replace(23, None)
 

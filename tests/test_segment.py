@@ -122,7 +122,7 @@ def test_a_killed_run_continues_and_ends_the_same(tree, tmp_path):
 
     other = call(tree, killed, "--lr", "0.5")
     assert other.returncode == 2 and "Traceback" not in other.stderr
-    assert "holds another run: lr 0.01 (now 0.5)" in other.stderr
+    assert "contains another run: lr 0.01 (now 0.5)" in other.stderr
 
 
 @pytest.fixture

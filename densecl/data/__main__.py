@@ -339,7 +339,7 @@ def check_lmdb_arguments(args: Namespace) -> None:
     if not os.path.isdir(args.images):
         raise UsageError(f"--images {one_line(args.images)}: no such folder")
     if not os.path.exists(args.src):
-        raise UsageError(f"{one_line(args.src)}: not there; {EXPECTED_SOURCE}")
+        raise UsageError(f"{one_line(args.src)}: not found; {EXPECTED_SOURCE}")
 
 # %% ../../nbs/data/10_main.ipynb #c032
 def write_lmdb(args: Namespace) -> str:

@@ -51,7 +51,7 @@ class RecordEncoder:
 
     Args:
         source: the images
-        short_side: images with a longer short side are resized to it, in pixels; 0: none
+        short_side: images with a longer short side, in pixels, are resized to it; 0 for none
         quality: JPEG quality of the resized images, 1 to 100
     """
 
@@ -71,7 +71,7 @@ class RecordEncoder:
         return raw, ""
 
     def encode_resized(self, image: Image.Image) -> bytes:
-        """The image as a JPEG file with the short side `self.short_side`.
+        """The bytes of a JPEG file of the resized image.
 
         Args:
             image: RGB image
@@ -87,7 +87,7 @@ class RecordEncoder:
         Args:
             image: RGB image
             kind: Pillow's name of the format
-            **options: of Pillow's `save`
+            **options: options of Pillow's `save`
         """
         file = io.BytesIO()
         image.save(file, kind, **options)
@@ -95,7 +95,7 @@ class RecordEncoder:
 
 # %% ../../nbs/data/03_convert.ipynb #c013
 def exit_with_parent() -> None:
-    """Start a thread that ends this process as soon as its parent has ended."""
+    """Start a thread that ends this process when its parent has ended."""
 
     def wait() -> None:
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
@@ -108,7 +108,7 @@ def map_chunk(function: Callable[[int], Any], indices: Iterable[int]) -> list:
     """Results of a function for several indices, computed in a worker.
 
     Args:
-        function: such as a `RecordEncoder`
+        function: a function of an index, such as a `RecordEncoder`
         indices: a chunk of all indices
     """
     return [function(index) for index in indices]
@@ -117,13 +117,13 @@ def map_chunk(function: Callable[[int], Any], indices: Iterable[int]) -> list:
 def ordered_map(
     function: Callable[[int], Any], indices: range, workers: int, chunk_size: int = 16
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (index, result of the function) in order, with at most 2 chunks per worker ahead.
+    """Yield (index, result of the function) in order, with at most 2 pending chunks per worker.
 
     Args:
-        function: such as a `RecordEncoder`
-        indices: its arguments
-        workers: number of processes; 0 or 1: this one
-        chunk_size: number of indices that a worker receives at once
+        function: a function of an index, such as a `RecordEncoder`
+        indices: arguments of the function
+        workers: number of processes; with 0 or 1, this process computes
+        chunk_size: number of indices that are sent to a worker together
     """
     if workers < 2:
         for index in indices:
@@ -148,7 +148,7 @@ def put_records(environment: lmdb.Environment, records: list[tuple[bytes, bytes]
     """Write records in one transaction, all or none; the map grows if they do not fit.
 
     Args:
-        environment: open for writing
+        environment: an environment opened for writing
         records: pairs of key and value
     """
     while True:
@@ -185,8 +185,8 @@ class UnfinishedDatabase:
     """The table of a conversion in progress.
 
     Args:
-        path: its file; created if missing or of another conversion
-        fingerprint: from `conversion_fingerprint`
+        path: file of the table; created if it is missing or of another conversion
+        fingerprint: result of `conversion_fingerprint`
 
     Attributes:
         metadata: the fingerprint and the progress, as stored under `META_KEY`
@@ -220,7 +220,7 @@ class UnfinishedDatabase:
 
         Args:
             records: pairs of key and value
-            **progress: the metadata that have changed
+            **progress: changed values of the metadata
         """
         self.metadata.update(progress)
         metadata = json.dumps(self.metadata).encode()
@@ -264,8 +264,8 @@ def write_records(
     """Encode and write all images that the database does not have yet.
 
     Args:
-        database: its progress tells where to start
-        encoder: encodes the images of its source
+        database: the table of the conversion, which contains the index of the next image
+        encoder: encoder of the images
         workers: number of processes
         transaction_bytes: approximate size of a transaction
     """
@@ -295,7 +295,7 @@ def check_lmdb_path(path: Path) -> None:
     """Raise `UsageError` if no database can be written to a path.
 
     Args:
-        path: the database to write
+        path: path of the database
     """
     if path.suffix.lower() != ".lmdb":
         example = Path(path.name or "images").with_suffix(".lmdb")
@@ -306,15 +306,15 @@ def check_lmdb_path(path: Path) -> None:
         raise UsageError(f"{path}: neither a file nor a folder; give another name")
     path.with_name(path.name + ".unfinished").exists()  # raises `OSError` if that is too long
     if not path.parent.is_dir():
-        raise UsageError(f"{path}: its folder {path.parent} is not there")
+        raise UsageError(f"{path}: no folder {path.parent}")
 
 # %% ../../nbs/data/03_convert.ipynb #c029
 @contextmanager
 def readable_conversion_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of a conversion into errors of one line that say how to resume it.
+    """Context manager that turns errors of a conversion into lines that say how to resume it.
 
     Args:
-        path: the database to write
+        path: path of the database
     """
     try:
         yield
@@ -333,18 +333,18 @@ def readable_conversion_errors(path: Path) -> Iterator[None]:
     except UsageError as e:
         if "another run" not in str(e):  # the message of `lock_folder`
             raise
-        raise UsageError(f"{path}: another conversion is writing it; wait for it") from e
+        raise UsageError(f"{path}: another conversion is writing it; wait for its end") from e
 
 # %% ../../nbs/data/03_convert.ipynb #c030
 def finish_conversion(
     database: UnfinishedDatabase, encoder: RecordEncoder, path: Path, workers: int
 ) -> dict[str, Any]:
-    """Write the missing images and rename the database to its name; returns its metadata.
+    """Write the missing images, rename the database to its final name, and return its metadata.
 
     Args:
         database: the table of the conversion
-        encoder: encodes the images of its source
-        path: the final name; not written if no image can be decoded
+        encoder: encoder of the images
+        path: path of the finished database; not written if no image can be decoded
         workers: number of processes
     """
     metadata = database.metadata
@@ -367,14 +367,14 @@ def convert_to_lmdb(
     quality: int = 90,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Write a source to a database and return its metadata; resumes if it was interrupted.
+    """Write a source to a database, or resume an interrupted conversion; return the metadata.
 
     Raises `UsageError` for a wrong path and `RunError` if the conversion fails.
 
     Args:
         source: the images
-        path: the file to write, ending in .lmdb; an old one is replaced at the end
-        short_side: images with a longer short side are resized to it, in pixels; 0: none
+        path: the file to write, ending in .lmdb; an existing one is replaced at the end
+        short_side: images with a longer short side, in pixels, are resized to it; 0 for none
         quality: JPEG quality of the resized images, 1 to 100
         workers: number of processes that read and decode
     """

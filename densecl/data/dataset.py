@@ -41,7 +41,7 @@ from ..runtime.io import UsageError
 
 # %% ../../nbs/data/05_dataset.ipynb #c010
 TRAIN_PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # the color photographs in scikit-image
-HELD_OUT_PHOTOS = ("motorcycle_left",)  # never trained on: the left image of the stereo pair
+HELD_OUT_PHOTOS = ("motorcycle_left",)  # not for training: the left image of the stereo pair
 
 
 def load_photo(name: str) -> np.ndarray:
@@ -58,7 +58,7 @@ def load_photo(name: str) -> np.ndarray:
 
 # %% ../../nbs/data/05_dataset.ipynb #c014
 class TileSource(ImageSource):
-    """Square tiles of photographs; with a tile as an instance, a few photographs are enough.
+    """Square tiles of photographs, each of which is an instance.
 
     Args:
         names: names of the photographs, see `load_photo`
@@ -67,7 +67,7 @@ class TileSource(ImageSource):
 
     Attributes:
         photos: the photographs by name, H x W x 3 uint8
-        corners: for each tile the name of its photograph and its top left corner (y, x)
+        corners: name of the photograph and top left corner (y, x) of each tile
     """
 
     def __init__(self, names: Sequence[str], tile: int = 128, stride: int = 32) -> None:
@@ -123,7 +123,7 @@ LMDB = SourceType("LMDB", LmdbSource)
 SHARDS = SourceType("tar shards", ShardSource)
 REMOTE = SourceType("remote tar shards", RemoteShardSource)
 SPLIT = SourceType("Hugging Face split", open_saved_split)
-# suffix of a file -> how it is read
+# suffix of a file -> kind of source
 SOURCE_TYPES = {
     ".txt": SourceType("list of images", list_source),
     ".json": SourceType("COCO json", coco_source),
@@ -137,24 +137,25 @@ EXPECTED_SOURCE = (
 
 # %% ../../nbs/data/05_dataset.ipynb #c021
 def check_reserved_word(root: Path | str, option: str = "--data-root") -> None:
-    """Raise `UsageError` if "photos" could be the embedded photographs as well as a path.
+    """Raise `UsageError` if "photos" is the name of a file or folder in the current folder.
 
     Args:
         root: see `open_source`
-        option: the option that named it, for the message
+        option: name of the option, for the message
     """
     if root == "photos" and os.path.lexists(root):
         choices = (
-            f"./photos for the one that is here, {BUILTIN_PHOTOS} for the embedded photographs"
+            f"./photos for the one in the current folder, {BUILTIN_PHOTOS} for the embedded "
+            "photographs"
         )
         raise UsageError(f"{option} photos: a name with two meanings; give {choices}")
 
 
 def file_mode(path: Path | str) -> int:
-    """`st_mode` of what is at a path, links followed; 0 if nothing is.
+    """The `st_mode` of a path after links; 0 if it does not exist.
 
     Args:
-        path: raises `UsageError` if it cannot be read
+        path: a path; raises `UsageError` if it cannot be read
     """
     try:
         return os.stat(path).st_mode
@@ -166,10 +167,10 @@ def file_mode(path: Path | str) -> int:
 
 
 def find_source_type(root: Path | str) -> SourceType:
-    """The kind of source at a path; raises `UsageError` if it is missing or of no known kind.
+    """The kind of source at a path.
 
     Args:
-        root: see `open_source`
+        root: see `open_source`; raises `UsageError` if it is missing or of an unknown kind
     """
     check_reserved_word(root)
     if root in ("photos", BUILTIN_PHOTOS) and not isinstance(root, Path):
@@ -186,13 +187,13 @@ def find_source_type(root: Path | str) -> SourceType:
         if os.path.exists(os.path.join(root, "data.mdb")):
             return LMDB
         return SHARDS if is_shard_folder(root) else FOLDER
-    if mode and not stat.S_ISREG(mode):  # reading a pipe would block forever
+    if mode and not stat.S_ISREG(mode):  # a pipe would block forever
         raise UsageError(f"--data-root {one_line(root)}: neither a file nor a folder")
     found = SOURCE_TYPES.get(Path(root).suffix.lower())
     is_range = found is SHARDS and "{" in root
     is_unfinished = found is LMDB and os.path.exists(root + ".unfinished")
     if not (mode or is_range or is_unfinished):
-        raise UsageError(f"--data-root {one_line(root)[:500]}: not there; {EXPECTED_SOURCE}")
+        raise UsageError(f"--data-root {one_line(root)[:500]}: not found; {EXPECTED_SOURCE}")
     if not found:
         reason = f"unknown kind of file; {EXPECTED_SOURCE}"
         raise UsageError(f"--data-root {one_line(root)}: {reason}")
@@ -200,14 +201,14 @@ def find_source_type(root: Path | str) -> SourceType:
 
 # %% ../../nbs/data/05_dataset.ipynb #c062
 class NamePatterns:
-    """Function that tells whether one of several patterns matches a name.
+    """Function of a name: whether one of several patterns matches it.
 
     Args:
         patterns: shell patterns with *, ? and [], separated by commas, such as "*annot,seg.png";
             each is compared with the name, its folders, each part of its path, and its key
 
     Attributes:
-        unused: the patterns that have not matched any name so far
+        unused: patterns that have not matched any name so far
     """
 
     def __init__(self, patterns: str) -> None:
@@ -226,11 +227,11 @@ class NamePatterns:
 
 
 class SubsetSource(ImageSource):
-    """Some images of a source.
+    """A selection of the images of a source.
 
     Args:
         source: the source
-        indices: indices of the images in it, in order: int64
+        indices: indices of the images in the source, in order: int64
     """
 
     def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
@@ -257,14 +258,14 @@ class SubsetSource(ImageSource):
 def select_images(
     source: ImageSource, include: str = "", exclude: str | NamePatterns = ""
 ) -> ImageSource:
-    """The images that a pattern of `include` and none of `exclude` matches.
+    """The images that match a pattern of `include` and no pattern of `exclude`.
 
-    Raises `UsageError` if none are left; warns of a pattern that matches none.
+    A pattern that matches no image is reported.
 
     Args:
-        source: the source
-        include: see `NamePatterns`; empty: all images
-        exclude: see `NamePatterns`; empty: no image
+        source: the source; raises `UsageError` if no image is selected
+        include: see `NamePatterns`. Default: all images
+        exclude: see `NamePatterns`. Default: no image
     """
     if not include and not exclude:
         return source
@@ -279,7 +280,7 @@ def select_images(
         keep &= np.fromiter(map(NamePatterns(include), names), bool, size)
     if not keep.any():
         options = f"--include {include}" if include else f"--exclude {','.join(exclude.matchers)}"
-        raise UsageError(f"{one_line(options)[:200]}: leaves none {example}")
+        raise UsageError(f"{one_line(options)[:200]}: selects none {example}")
     return SubsetSource(source, np.flatnonzero(keep))
 
 # %% ../../nbs/data/05_dataset.ipynb #c022
@@ -290,16 +291,17 @@ def open_source(
     cache_dir: Path | str = "",
     cache_gb: float = 50,
 ) -> ImageSource:
-    """Open the source at a path; raises `UsageError` if it is missing, empty or of no known kind.
+    """Open the source at a path.
 
     Args:
         root: a folder, a list file (.txt), a COCO json, an LMDB, tar shards, the URL of tar shards,
-            "hf:" and the folder of a Hugging Face split, or "builtin:photos": the embedded
-            photographs ("photos" is the same, unless there is such a file or folder)
+            "hf:" and the folder of a Hugging Face split, or "builtin:photos", the embedded
+            photographs ("photos" is the same, unless a file or folder has this name). Raises
+            `UsageError` if it is missing, empty or of an unknown kind
         include: see `select_images`
         exclude: see `select_images`
-        cache_dir: folder of a local cache of remote images; empty: none
-        cache_gb: size of this cache in GB
+        cache_dir: folder of a local cache of remote images. Default: no cache
+        cache_gb: size of this cache in GB (1e9 bytes)
     """
     options = {}
     try:
@@ -317,7 +319,7 @@ def open_source(
     return select_images(source, include, exclude)
 
 # %% ../../nbs/data/05_dataset.ipynb #c066
-FEW_COLORS = 64  # a photograph has thousands; a mask has one per class
+FEW_COLORS = 64  # a photograph has thousands of colors, a mask one per class
 MASK_NAME = re.compile("annot|mask|label|segm|seg[.]|panoptic|gtfine|gtcoarse|truth", re.IGNORECASE)
 MAX_GROUPS = 12
 
@@ -351,10 +353,10 @@ def group_names(names: Sequence[str]) -> dict[tuple[str, str], list[int]]:
 
 # %% ../../nbs/data/05_dataset.ipynb #c067
 def has_few_colors(source: ImageSource, index: int) -> bool:
-    """Whether an image has so few colors that it is a mask, or its tones were lost.
+    """Whether an image has so few colors that it is probably a mask.
 
     Args:
-        source: the source; an image that cannot be decoded is not counted
+        source: the source; for an image that cannot be decoded, the result is False
         index: index of the image
     """
     try:
@@ -367,13 +369,13 @@ def has_few_colors(source: ImageSource, index: int) -> bool:
 
 
 def find_few_colors(source: ImageSource, samples: int = 24) -> tuple[int, str, list[str]] | None:
-    """About how many images have few colors, the name of one, and patterns that exclude them.
+    """The estimated number of images with few colors, one name, and patterns to exclude them.
 
-    None if fewer than two of a sample are such images.
+    The result is None if fewer than two images of a sample have few colors.
 
     Args:
         source: the source
-        samples: number of images to decode; at least two of each group
+        samples: number of images to decode, at least two of each group
     """
     chosen = range(0, len(source), -(-len(source) // 20_000))
     names = [source.name(i) for i in chosen]
@@ -390,11 +392,11 @@ def find_few_colors(source: ImageSource, samples: int = 24) -> tuple[int, str, l
 
 
 def group_pattern(group: tuple[str, str], other: list[tuple[str, str]]) -> str:
-    """A pattern that excludes a group and none of the others; empty if there is none.
+    """A pattern that matches a group and no other group; empty if there is none.
 
     Args:
         group: (folder, ending), see `group_names`
-        other: the groups to keep
+        other: the other groups
     """
     folder, ending = group
     if folder and not any((kept + "/").startswith(folder + "/") for kept, _ in other):
@@ -405,33 +407,33 @@ def group_pattern(group: tuple[str, str], other: list[tuple[str, str]]) -> str:
 
 # %% ../../nbs/data/05_dataset.ipynb #c068
 def image_hints(source: ImageSource) -> list[str]:
-    """Sentences about images that may not be meant for training.
+    """Hints about images that may not be intended for training, one sentence each.
 
     Args:
-        source: the source that is used for training
+        source: the source of the training images
     """
     hints, first = [], source.name(0)
     is_folder = isinstance(source, FileSource) and source.labels is None
     if is_folder and "JPEGImages" in first.split("/")[:-1]:
-        hints.append("a tree like that of PASCAL VOC: only the images in JPEGImages are used")
+        hints.append("a folder in the layout of PASCAL VOC: only images in JPEGImages are used")
     found = find_few_colors(source)
     if not found:
         return hints
     count, example, patterns = found
     remedy = f": --exclude {shlex.quote(one_line(','.join(dict.fromkeys(patterns))))}"
     hints.append(
-        f"about {count:,} of {len(source):,} images look like label masks or have a handful of "
-        f"tones, such as {one_line(example)[:200]}; if they are not for training, leave them out"
+        f"about {count:,} of {len(source):,} images have few colors, as label masks do, such as "
+        f"{one_line(example)[:200]}; if they are not for training, leave them out"
         + (remedy if patterns else " (--exclude, --include)")
     )
     return hints
 
 
 def past_image_hints(config: Config) -> list[str]:
-    """The `image_hints` of the data of an earlier run; empty if they are gone or embedded.
+    """The `image_hints` for the data of an earlier run; empty if the data is missing or embedded.
 
     Args:
-        config: data_root, include and exclude are used
+        config: its `data_root`, `include` and `exclude` are used
     """
     try:
         source = open_source(config.data_root, config.include, config.exclude)
@@ -445,7 +447,7 @@ class BatchSampler:
 
     Args:
         num_images: number of images in the dataset
-        batch_size: images per batch on all ranks together, a multiple of `world_size`; at most
+        batch_size: number of images per batch on all ranks, a multiple of `world_size`; at most
             `num_images`, since incomplete batches are dropped
         seed: seed of the run
         start: the first step, counted from 0 over all epochs

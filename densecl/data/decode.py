@@ -27,7 +27,7 @@ def tonal_range(low: float, high: float, is_integer: bool) -> tuple[float, float
     Args:
         low: smallest value of an image
         high: largest value
-        is_integer: whether the values are whole numbers
+        is_integer: whether the values are integers
     """
     white = 1.0 if high <= 1 and not is_integer else 2.0 ** max(8, int(high).bit_length())
     if not is_integer and 1 < high <= 255:
@@ -39,7 +39,7 @@ def tonal_range(low: float, high: float, is_integer: bool) -> tuple[float, float
 
 
 def gray_values(image: Image.Image) -> np.ndarray:
-    """The values of a grayscale image of more than 8 bits: H x W, integers or float32.
+    """The values of a grayscale image with more than 8 bits: H x W, integers or float32.
 
     Args:
         image: Pillow image of mode F or I, or of 16 bits
@@ -52,7 +52,7 @@ def gray_values(image: Image.Image) -> np.ndarray:
 
 
 def to_eight_bit(image: Image.Image) -> Image.Image:
-    """A grayscale image of more than 8 bits converted to 8 bits; any other image unchanged.
+    """Convert a grayscale image with more than 8 bits to 8 bits; other images are unchanged.
 
     Args:
         image: Pillow image of any mode; raises `CorruptImageError` if it has no finite value
@@ -93,11 +93,11 @@ def one_line(text: object) -> str:
 
 # %% ../../nbs/data/00_decode.ipynb #c014
 def describe_error(error: Exception, raw: bytes) -> str:
-    """The reason why decoding failed, in a few words that are the same each time.
+    """The reason why decoding failed, as short text that is the same each time.
 
     Args:
         error: the exception that Pillow raised
-        raw: the bytes that it could not decode
+        raw: the bytes of the file
     """
     if not raw:
         return "the file is empty"
@@ -140,7 +140,7 @@ def check_color_bits(image: Image.Image, raw_mode: str) -> None:
         return
     highest = max(high for _, high in image.convert("RGB").getextrema())
     if highest < 16:
-        raise CorruptImageError("its 16 bits per color hold at most 12; convert it to 8 bits")
+        raise CorruptImageError("16 bits per color, at most 12 used; convert it to 8 bits")
 
 
 def decode_image(raw: bytes | np.ndarray, name: str = "", upright: bool = True) -> Image.Image:
@@ -190,7 +190,7 @@ def decode_labeled_image(
     Args:
         raw: the bytes of an image file, or an array H x W x 3 of uint8
         name: name of the image for the error message
-        size: (width, height) according to the labels; None: unknown
+        size: (width, height) according to the labels; None if unknown
     """
     image, orientation = decode_image(raw, name, upright=False), 1
     with suppress(Exception):  # an invalid tag raises errors of many types
@@ -203,10 +203,10 @@ def decode_labeled_image(
 
 
 def read_image_size(raw: bytes, name: str = "") -> tuple[int, int]:
-    """(width, height) of the stored pixels, from the header; raises `CorruptImageError`.
+    """The (width, height) of the stored pixels, from the header.
 
     Args:
-        raw: the bytes of an image file
+        raw: the bytes of an image file; raises `CorruptImageError` if the header is not valid
         name: name of the image for the error message
     """
     try:

@@ -22,13 +22,14 @@ from ..runtime.io import UsageError, did_you_mean
 
 # %% ../../nbs/data/00b_lists.ipynb #c007
 def read_lines(path: Path | str) -> list[str]:
-    """The lines of a text file without white space at their ends; raises `UsageError`.
+    """The lines of a text file without white space at their ends.
 
     Args:
-        path: a file in UTF-8 or UTF-16; bytes that are not UTF-8 are kept as in `os.fsdecode`
+        path: a file in UTF-8 or UTF-16; bytes that are not UTF-8 are kept as in `os.fsdecode`.
+            Raises `UsageError` if it is not a text file
     """
     path = Path(path)
-    if not path.is_file():  # reading a pipe would block forever
+    if not path.is_file():  # a pipe would block forever
         raise UsageError(f"{one_line(path)}: no such file; it needs a text file")
     try:
         raw, encoding = path.read_bytes(), "utf-8"
@@ -54,10 +55,11 @@ def _unquote(text: str) -> str:
 
 
 def read_class_names(path: Path | str) -> list[str]:
-    """The names of a file with one class per line; raises `UsageError` if it is ambiguous.
+    """The names in a file with one class per line.
 
     Args:
-        path: a text file, see `read_lines`; names may be in quotes
+        path: a text file, see `read_lines`; names may be in quotes. Raises `UsageError` if it is
+            ambiguous
     """
     names, shown = [_unquote(line) for line in read_lines(path)], one_line(path)
     while names and not names[-1]:
@@ -67,11 +69,11 @@ def read_class_names(path: Path | str) -> list[str]:
     if "" in names:
         raise UsageError(
             f"{shown}: line {names.index('') + 1} is empty; "
-            "each line names a class, the first one class 0"
+            "each line is the name of a class, beginning with class 0"
         )
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
-        raise UsageError(f"{shown}: {one_line(twice)!r} is there twice; names must differ")
+        raise UsageError(f"{shown}: {one_line(twice)!r} occurs twice; names must differ")
     if any(not name.isprintable() for name in names):
         raise UsageError(f"{shown}: names that cannot be printed; it needs a text file in UTF-8")
     return names
@@ -97,7 +99,7 @@ def strip_image_suffix(name: str) -> str:
     """The name without the suffix of an image; other dots are part of the name.
 
     Args:
-        name: of an image, with or without suffix
+        name: name of an image, with or without suffix
     """
     found = next((s for s in IMAGE_SUFFIXES if name.lower().endswith(s)), "")
     return name[: len(name) - len(found)]
@@ -108,7 +110,7 @@ def parse_list_line(line: str, folder: Path | str) -> str:
 
     Args:
         line: a line that is not empty
-        folder: the folder that names are relative to; read only if the line is ambiguous
+        folder: the folder of the images; read only if the line is ambiguous
     """
     quoted = QUOTED.match(line)
     if quoted:
@@ -129,8 +131,8 @@ class FileIndex:
 
     Args:
         root: the folder
-        suffixes: of the files, lower case; where names differ in the suffix only, the first one
-            is found by the name without suffix
+        suffixes: suffixes of the files in lower case; if several files differ only in the suffix,
+            the name without suffix finds the one whose suffix is first in this list
     """
 
     def __init__(self, root: Path | str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> None:
@@ -151,25 +153,25 @@ class FileIndex:
         return self.folders[folder]
 
     def find(self, name: str) -> str | None:
-        """The path of a file below the root; None if there is none.
+        """The path of a file, relative to the root; None if there is none.
 
         Args:
-            name: path below the root, with the file's suffix, another image suffix, or none
+            name: relative path, with the file's suffix, another image suffix, or none
         """
         folder, base = os.path.split(name)
         files = self._files(folder)
-        if folder and not files:  # a path of another machine
+        if folder and not files:  # the path is of another machine
             folder, files = "", self._files("")
         found = files.get(base) or files.get(strip_image_suffix(base))
         return os.path.join(folder, found) if found else None
 
 # %% ../../nbs/data/00b_lists.ipynb #c020
 def find_listed_image(line: str, images: FileIndex) -> tuple[str, str | None]:
-    """(name as in the line, without suffix; its file or None) of a line of a VOC list.
+    """The name in a line of a VOC list, without suffix, and the path of its file or None.
 
     Args:
-        line: a name below JPEGImages, or a path that contains JPEGImages; more may follow
-        images: of JPEGImages
+        line: a name in JPEGImages, or a path that contains JPEGImages; more text may follow
+        images: index of JPEGImages
     """
     quoted = QUOTED.match(line)
     line = quoted[2] if quoted else line
@@ -189,7 +191,7 @@ def find_voc_root(root: Path | str, folder: str = "Segmentation") -> Path | None
 
     Args:
         root: VOCdevkit, the folder that contains it, or one of its years
-        folder: of the lists: Segmentation, or Main
+        folder: folder of the lists: Segmentation or Main
     """
     root = Path(root)
     years = ("VOC2012", "", "VOCdevkit/VOC2012", "VOC2007", "VOCdevkit/VOC2007")
@@ -200,12 +202,13 @@ def find_voc_root(root: Path | str, folder: str = "Segmentation") -> Path | None
 
 
 def voc_split_lists(base: Path, split: str, folder: str = "Segmentation") -> list[str]:
-    """Names of the list files that make up a split; raises `UsageError` for an unknown split.
+    """Names of the list files of a split.
 
     Args:
-        base: from `find_voc_root`
-        split: train, val, trainval, train_aug, or the name of any other list
-        folder: of the lists below ImageSets: Segmentation, or Main, which covers all images
+        base: result of `find_voc_root`
+        split: train, val, trainval, train_aug, or the name of any other list; raises `UsageError`
+            if there is no such list
+        folder: folder of the lists: Segmentation, or Main, which has all images
     """
     known = sorted(path.stem for path in (base / "ImageSets" / folder).glob("*.txt"))
     parts = [split]
@@ -223,8 +226,8 @@ class ListedImages(NamedTuple):
     """The images of a VOC list, in order.
 
     Attributes:
-        names: of the images, without suffix; masks and annotations have the same name
-        files: their paths below JPEGImages; None where there is no such file
+        names: names of the images without suffix; masks and annotations have the same names
+        files: paths of the images in JPEGImages; None for a missing file
     """
 
     names: list[str]
@@ -232,12 +235,12 @@ class ListedImages(NamedTuple):
 
 
 def read_listed_images(base: Path, split: str, folder: str = "Segmentation") -> ListedImages:
-    """Match the lines of a split with the files in JPEGImages; raises `UsageError`.
+    """Match the lines of a split with the files in JPEGImages.
 
     Args:
-        base: from `find_voc_root`
-        split: see `voc_split_lists`
-        folder: of the lists below ImageSets: Segmentation, or Main, which covers all images
+        base: result of `find_voc_root`
+        split: see `voc_split_lists`; raises `UsageError` if the list is empty or ambiguous
+        folder: folder of the lists: Segmentation, or Main, which has all images
     """
     start, parts = f"--data-root {one_line(base)}:", voc_split_lists(base, split, folder)
     paths = [base / f"ImageSets/{folder}/{part}.txt" for part in parts]
@@ -257,12 +260,12 @@ def read_listed_images(base: Path, split: str, folder: str = "Segmentation") -> 
 
 # %% ../../nbs/data/00b_lists.ipynb #c026
 def read_voc_list(base: Path, split: str, folder: str = "Segmentation") -> list[str]:
-    """Names of the images of a split, without suffix, also of missing ones; raises `UsageError`.
+    """Names of the images of a split without suffix, including missing images.
 
     Args:
-        base: from `find_voc_root`
+        base: result of `find_voc_root`
         split: see `voc_split_lists`
-        folder: of the lists below ImageSets: Segmentation, or Main, which covers all images
+        folder: folder of the lists: Segmentation, or Main, which has all images
     """
     return read_listed_images(base, split, folder).names
 
@@ -271,10 +274,10 @@ def report_missing(root: Path | str, missing: list[str], total: int, kind: str) 
     """Raise `UsageError` with the number and the first names of missing files, if there are any.
 
     Args:
-        root: the folder that the names are relative to
+        root: the data root, for the message
         missing: names of missing files
-        total: number of files that should be there
-        kind: of the files, for the error message: "mask" or "image"
+        total: number of expected files
+        kind: kind of the files, for the message: "mask" or "image"
     """
     if missing:
         shown = ", ".join(map(one_line, missing[:3])) + " ..." * (len(missing) > 3)
@@ -283,12 +286,12 @@ def report_missing(root: Path | str, missing: list[str], total: int, kind: str) 
 
 
 def voc_images(base: Path, split: str, folder: str = "Segmentation") -> ListedImages:
-    """The images of a split, with paths below `base`; raises `UsageError` if some are missing.
+    """The images of a split, with paths relative to `base`.
 
     Args:
-        base: from `find_voc_root`
-        split: see `voc_split_lists`
-        folder: of the lists below ImageSets: Segmentation, or Main, which covers all images
+        base: result of `find_voc_root`
+        split: see `voc_split_lists`; raises `UsageError` if images are missing
+        folder: folder of the lists: Segmentation, or Main, which has all images
     """
     names, files = read_listed_images(base, split, folder)
     missing = [f"JPEGImages/{name}.jpg" for name, file in zip(names, files) if not file]
@@ -300,15 +303,15 @@ VOC_CLASSES = shlex.split(
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
     "motorbike person pottedplant sheep sofa train tvmonitor"
 )
-VOC_NAME = re.compile(r"\d{4}_\d{6}")  # of an image of VOC 2012
+VOC_NAME = re.compile(r"\d{4}_\d{6}")  # name of an image of VOC 2012
 
 
 def voc_class_names(base: Path, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(names in classes.txt, or VOC's; hints: that there is no such file, if images are not VOC's).
+    """The names of the classes, and a hint if VOC's are assumed for other images.
 
     Args:
-        base: from `find_voc_root`
-        names: of the images
+        base: result of `find_voc_root`
+        names: names of the images
     """
     path = base / "classes.txt"
     if path.exists():
@@ -316,16 +319,16 @@ def voc_class_names(base: Path, names: Sequence[str]) -> tuple[list[str], list[s
     is_voc = base.name == "VOC2007" or all(VOC_NAME.fullmatch(name) for name in names)
     hint = (
         f"no {one_line(path)}, so the values of the masks are read as VOC's 21 classes "
-        f"({', '.join(VOC_CLASSES[:3])} ...); the file has one name per line, of value 0, 1, ..."
+        f"({', '.join(VOC_CLASSES[:3])} ...); the file has one name per line, for value 0, 1, ..."
     )
     return VOC_CLASSES, [] if is_voc else [hint]
 
 
 def voc_object_classes(base: Path) -> list[str]:
-    """The names of the classes that have boxes: of `voc_class_names`, without the background.
+    """The names of the classes that have boxes, those of `voc_class_names` without the background.
 
     Args:
-        base: from `find_voc_root`
+        base: result of `find_voc_root`
     """
     classes, _ = voc_class_names(base, ())
     return [name for name in classes if name != "background"]
@@ -339,7 +342,7 @@ def absent_classes_hint(
     Args:
         classes: names of the classes
         present: whether each value occurs in the masks, `void` included
-        masks: which masks these are, as the end of a sentence
+        masks: description of the masks, for the message
         void: value of pixels without a class
     """
     absent = [one_line(name) for name, found in zip(classes, present) if not found]

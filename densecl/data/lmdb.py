@@ -29,7 +29,7 @@ END_MARK_SIZE = 64
 
 
 def record_key(index: int) -> bytes:
-    """Key of an image; followed by `/info`, the key of its name, label and checksum.
+    """Key of an image; with `/info` appended, the key of its name, label and checksum.
 
     Args:
         index: 0 .. len - 1
@@ -48,7 +48,7 @@ def end_mark(size: int, crc32: int) -> bytes:
 
 # %% ../../nbs/data/02_lmdb.ipynb #c018
 def read_end_mark(path: Path | str) -> tuple[int, int] | None:
-    """The end mark of a file, (bytes before it, their crc32), or None if there is no valid one.
+    """The end mark of a file: (bytes before it, their crc32); None if there is no valid mark.
 
     Args:
         path: a file
@@ -86,7 +86,7 @@ def describe_invalid(path: Path | str) -> str:
             expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
             size = os.path.getsize(path)
             if size < expected:
-                return f"incomplete: it was cut off, {size} bytes are left of {expected}"
+                return f"incomplete: it was cut off, {size} of {expected} bytes are left"
             with environment.begin() as transaction:
                 ours = transaction.get(META_KEY)
                 foreign = any(transaction.get(key) for key in FOREIGN_KEYS)
@@ -94,7 +94,7 @@ def describe_invalid(path: Path | str) -> str:
         return f"a damaged LMDB ({e})"
     if ours:
         return "incomplete: its end mark is missing, so it was cut off, changed, or never finished"
-    return FOREIGN_DATABASE if foreign else "an LMDB, but not one that densecl has written"
+    return FOREIGN_DATABASE if foreign else "an LMDB that was not written by densecl"
 
 # %% ../../nbs/data/02_lmdb.ipynb #c020
 def check_finished(path: Path | str) -> tuple[int, int]:
@@ -111,7 +111,7 @@ def check_finished(path: Path | str) -> tuple[int, int]:
         remedy = "a database of densecl is a single file; " + remedy
     if path.is_dir():
         reason = "a folder; a database of densecl is a single file"
-    elif path.exists() and not path.is_file():  # reading a pipe would block forever
+    elif path.exists() and not path.is_file():  # a pipe would block forever
         reason = "neither a file nor a folder"
     elif path.exists():
         mark = read_end_mark(path)
@@ -121,7 +121,7 @@ def check_finished(path: Path | str) -> tuple[int, int]:
     elif unfinished.exists():
         reason = "its conversion is unfinished; start the same command again to resume it"
     else:
-        reason = "not there"
+        reason = "not found"
     raise UsageError(f"--data-root {path}: {reason}")
 
 # %% ../../nbs/data/02_lmdb.ipynb #c025
@@ -130,7 +130,7 @@ OPEN_ENVIRONMENTS = weakref.WeakValueDictionary()
 
 
 def open_environment(path: Path | str) -> lmdb.Environment:
-    """The read-only environment of a file in this process: one per file, never inherited.
+    """The read-only environment of a file in this process; one per file, not inherited.
 
     Args:
         path: a finished database
@@ -149,13 +149,13 @@ def open_environment(path: Path | str) -> lmdb.Environment:
 
 # %% ../../nbs/data/02_lmdb.ipynb #c026
 class LmdbSource(ImageSource):
-    """The images of a database; each process opens it for itself, and it can be pickled.
+    """The images of a database. Each process opens the file itself; the source can be pickled.
 
     Args:
         path: the file; raises `UsageError` if it is not a finished database
 
     Attributes:
-        metadata: what the file holds about itself, such as `count` and `left_out`
+        metadata: the metadata in the file, such as `count` and `left_out`
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -169,7 +169,7 @@ class LmdbSource(ImageSource):
         version = self.metadata.get("version")
         if version != FORMAT_VERSION:
             expected = f"this densecl reads {FORMAT_VERSION}"
-            raise UsageError(f"--data-root {path}: version {version} of the format; {expected}")
+            raise UsageError(f"--data-root {path}: format version {version}; {expected}")
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"process": 0, "environment": None}
@@ -221,12 +221,12 @@ class LmdbSource(ImageSource):
         except lmdb.Error as e:
             raise OSError(f"a damaged LMDB ({e})") from e
         if not intact:
-            raise OSError("its bytes in the LMDB have changed since they were written")
+            raise OSError("its bytes in the LMDB differ from those that were written")
         return raw
 
 # %% ../../nbs/data/02_lmdb.ipynb #c034
 def file_crc32(path: Path | str, size: int) -> int:
-    """crc32 of the first bytes of a file, read in blocks.
+    """The crc32 of the first bytes of a file, read in blocks.
 
     Args:
         path: a file
@@ -243,10 +243,10 @@ def file_crc32(path: Path | str, size: int) -> int:
 
 # %% ../../nbs/data/02_lmdb.ipynb #c035
 def verify_lmdb(path: Path | str) -> int:
-    """Number of images in a database, all of them intact; raises `UsageError` otherwise.
+    """Verify a database and return its number of images.
 
     Args:
-        path: a database
+        path: a database; raises `UsageError` if any byte of it is damaged
     """
     size, crc32 = check_finished(path)
     if file_crc32(path, size) != crc32:

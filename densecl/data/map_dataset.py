@@ -20,10 +20,11 @@ from ..runtime.io import UsageError
 
 # %% ../../nbs/data/04c_map_dataset.ipynb #c005
 def array_to_pixels(array: np.ndarray) -> np.ndarray:
-    """Levels as H x W x 3 uint8; raises `ValueError` for what is no image.
+    """Convert an array to H x W x 3 uint8.
 
     Args:
-        array: H x W, or H x W x 1, 3 or 4; whole numbers 0 .. 255, or floats 0 .. 1
+        array: H x W, or H x W x 1, 3 or 4; integers from 0 to 255, or floats from 0 to 1. Raises
+            `ValueError` for other shapes, types and values
     """
     if array.ndim == 2:
         array = array[..., None]
@@ -44,11 +45,12 @@ def array_to_pixels(array: np.ndarray) -> np.ndarray:
 
 
 def to_pixels(value: Any) -> np.ndarray | bytes:
-    """An image as H x W x 3 uint8, or the bytes of its file; raises `ValueError`.
+    """An image as H x W x 3 uint8, or the bytes of its file.
 
     Args:
-        value: Pillow image of any mode; array H x W x 3; tensor 3 x H x W; or a dict with the
-            bytes or the path of a file, as Hugging Face has them
+        value: Pillow image of any mode; array H x W x 3; tensor 3 x H x W; bytes of a file; or a
+            dict with the bytes or the path of a file, as in Hugging Face datasets. Raises
+            `ValueError` for other values
     """
     if isinstance(value, Image.Image):
         return np.asarray(to_eight_bit(value).convert("RGB"))
@@ -64,17 +66,17 @@ def to_pixels(value: Any) -> np.ndarray | bytes:
     if not isinstance(value, np.ndarray):
         expected = "a Pillow image, an array H x W x 3 or a tensor 3 x H x W"
         raise ValueError(  # noqa: TRY004  a source reports it as a corrupt image
-            f"{type(value).__name__} is no image; expected {expected}"
+            f"{type(value).__name__} is not an image; expected {expected}"
         )
     return array_to_pixels(value)
 
 # %% ../../nbs/data/04c_map_dataset.ipynb #c008
 def is_image(value: Any, color: bool = False) -> bool:
-    """Whether a value looks like an image.
+    """Whether a value is an image, by its type and shape.
 
     Args:
-        value: anything
-        color: whether it must have three channels
+        value: any value
+        color: whether the image must have three channels
     """
     if isinstance(value, Image.Image):
         return value.mode not in ("1", "L", "P", "I", "F", "I;16") or not color
@@ -90,7 +92,7 @@ def is_view_pair(item: Any) -> bool:
     """Whether an item is a pair of views: (im_q, im_k), or a dict with both.
 
     Args:
-        item: of a dataset
+        item: item of a dataset
     """
     if isinstance(item, Mapping):
         return "im_q" in item and "im_k" in item
@@ -99,10 +101,10 @@ def is_view_pair(item: Any) -> bool:
 
 
 def find_image(item: Any) -> Any:
-    """The image of an item; the item itself if it contains none.
+    """The image in an item; the item itself if it contains none.
 
     Args:
-        item: an image; a tuple or list; or a dict, where the keys image and img come first
+        item: an image, a tuple or list, or a dict; in a dict, the keys image and img have priority
     """
     if is_image(item):
         return item
@@ -113,10 +115,10 @@ def find_image(item: Any) -> Any:
 
 # %% ../../nbs/data/04c_map_dataset.ipynb #c011
 def undecoded(dataset: Any) -> Any:
-    """A Hugging Face split with its image column only, as bytes; anything else unchanged.
+    """A Hugging Face split reduced to undecoded images; other datasets are unchanged.
 
     Args:
-        dataset: of any class; a split with a format or transform is unchanged as well
+        dataset: any dataset; a split with a format or transform is also unchanged
     """
     is_split = type(dataset).__module__.startswith("datasets.") and hasattr(dataset, "features")
     if not is_split or dataset.format["type"] is not None:
@@ -135,7 +137,7 @@ class MapSource(ImageSource):
     """The images of a map-style dataset; labels are left out.
 
     Args:
-        dataset: has a length and items as in `find_image`
+        dataset: dataset with a length, and items as in `find_image`; raises `UsageError` otherwise
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -163,10 +165,10 @@ class MapSource(ImageSource):
 
 
 def check_map_style(dataset: Any) -> None:
-    """Raise `UsageError` unless a dataset has a length above 0 and items by number.
+    """Raise `UsageError` unless a dataset has a length above 0 and can be indexed.
 
     Args:
-        dataset: anything
+        dataset: any value
     """
     kind = type(dataset).__name__
     expected = "expected a map-style dataset, with __len__ and __getitem__"
@@ -183,10 +185,11 @@ def check_map_style(dataset: Any) -> None:
 
 # %% ../../nbs/data/04c_map_dataset.ipynb #c014
 def open_saved_split(root: Path | str) -> MapSource:
-    """The images of a Hugging Face split on disk; raises `UsageError`.
+    """The images of a Hugging Face split on disk.
 
     Args:
-        root: "hf:" and the folder that `save_to_disk` wrote; of several splits, train
+        root: "hf:" and a folder that `save_to_disk` wrote; of several splits, train is used. Raises
+            `UsageError` if the folder cannot be opened
     """
     path = str(root).removeprefix("hf:")
     text = f"--data-root {one_line(root)[:500]}"
@@ -196,7 +199,7 @@ def open_saved_split(root: Path | str) -> MapSource:
         raise UsageError(f"{text}: {e}; pip install datasets") from None
     try:
         found = datasets.load_from_disk(path)
-    except Exception as e:  # noqa: BLE001  of many types
+    except Exception as e:  # noqa: BLE001  the library raises errors of many types
         reason = one_line(" ".join(str(e).split()))[:300]
         raise UsageError(f"{text}: {reason}; give a folder of save_to_disk") from None
     if isinstance(found, dict):  # several splits

@@ -47,7 +47,7 @@ def regular_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo
         size: number of bytes of the archive
     """
     for member in tar:
-        tar.members = []  # tarfile would keep all of them in memory
+        tar.members = []  # otherwise tarfile keeps all members in memory
         if member.isreg():
             if member.offset_data + member.size > size:
                 raise tarfile.ReadError("unexpected end of data")
@@ -59,12 +59,13 @@ def regular_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo
 
 # %% ../../nbs/data/04_shards.ipynb #c017
 def index_archive(file: BinaryIO, size: int, name: str) -> ShardIndex:
-    """Index an open tar archive; raises `UsageError` if it is incomplete, damaged or compressed.
+    """Index an open tar archive.
 
     Args:
-        file: the archive, seekable
-        size: its number of bytes
-        name: its path or URL, for messages
+        file: the archive, a seekable file; raises `UsageError` if it is incomplete, damaged or
+            compressed
+        size: number of bytes of the archive
+        name: path or URL of the archive, for messages
     """
     names, offsets, sizes, labels = [], [], [], {}
     try:
@@ -79,7 +80,7 @@ def index_archive(file: BinaryIO, size: int, name: str) -> ShardIndex:
                     offsets.append(member.offset_data)
                     sizes.append(member.size)
     except PermissionError as e:
-        raise UsageError(f"--data-root {path}: cannot be read ({e.strerror})") from e
+        raise UsageError(f"--data-root {name}: cannot be read ({e.strerror})") from e
     except (tarfile.TarError, OSError, EOFError) as e:
         reason = f"not a complete tar archive ({one_line(e)}; {len(names)} images before that)"
         remedy = "compressed archives (.tar.gz) must be decompressed to .tar"
@@ -90,10 +91,10 @@ def index_archive(file: BinaryIO, size: int, name: str) -> ShardIndex:
 
 
 def index_shard(path: Path | str) -> ShardIndex:
-    """Index a tar archive on the disk; raises `UsageError` as `index_archive`.
+    """Index a tar archive on the disk.
 
     Args:
-        path: a tar archive
+        path: a tar archive; raises `UsageError` as `index_archive` does
     """
     try:
         with open(path, "rb") as file:
@@ -106,7 +107,7 @@ def index_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
     """An index as arrays for an .npz file.
 
     Args:
-        index: of a shard
+        index: index of a shard
     """
     return {
         "text": index.names.text,
@@ -119,10 +120,10 @@ def index_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
 
 
 def index_from_arrays(arrays: dict[str, np.ndarray]) -> ShardIndex:
-    """The index in the arrays of `index_arrays`; raises `ValueError` if they do not agree.
+    """The index in the arrays of `index_arrays`.
 
     Args:
-        arrays: by name; further ones are not read
+        arrays: name -> array; other arrays are ignored. Raises `ValueError` if their lengths differ
     """
     names = PackedStrings(arrays["text"], arrays["ends"])
     labels = PackedStrings(arrays["label_text"], arrays["label_ends"])
@@ -164,11 +165,11 @@ def concat_strings(parts: Sequence[PackedStrings]) -> PackedStrings:
     return PackedStrings(text, np.concatenate([[0], *ends]).astype(np.int64))
 
 # %% ../../nbs/data/04_shards.ipynb #c024
-MAX_SHARDS = 100_000  # of a range
+MAX_SHARDS = 100_000  # maximal number of shards in a range
 
 
 def expand_range(root: str) -> list[str]:
-    """The paths that a range stands for: a-{00..01}.tar is a-00.tar, a-01.tar.
+    """The paths in a range: a-{00..01}.tar is a-00.tar and a-01.tar.
 
     Args:
         root: a path or URL with any number of ranges in braces; raises `UsageError` for a
@@ -215,7 +216,7 @@ def is_shard_folder(root: Path | str) -> bool:
 
 # %% ../../nbs/data/04_shards.ipynb #c030
 class ShardSource(ImageSource):
-    """The images in tar archives; other files beside them are not read.
+    """The images in tar archives; other files in the archives are not read.
 
     Args:
         root: see `shard_paths`; raises `UsageError` if a shard is missing or damaged, or if
@@ -226,7 +227,7 @@ class ShardSource(ImageSource):
         paths = shard_paths(root)
         for path in paths:
             if not path.is_file():
-                raise UsageError(f"--data-root {root}: {path} is not there")
+                raise UsageError(f"--data-root {root}: {path} not found")
         bar = progress_bar(paths, desc="indexing shards")
         indices = [cached_shard_index(path) for path in bar]
         self._concatenate(root, [str(path) for path in paths], indices)
@@ -241,7 +242,7 @@ class ShardSource(ImageSource):
         self.labels = concat_strings([index.labels for index in indices])
         self.offsets = np.concatenate([index.offsets for index in indices])
         self.sizes = np.concatenate([index.sizes for index in indices])
-        # of each image, the number of its shard
+        # the number of the shard of each image
         self.shard = np.repeat(np.arange(len(paths)), [len(index.names) for index in indices])
 
     def __len__(self) -> int:

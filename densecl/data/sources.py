@@ -45,7 +45,7 @@ from ..runtime.io import UsageError, atomic_write, launch
 class ImageSource:
     """An indexed collection of images; a subclass implements `__len__`, `name` and `read`."""
 
-    reads_ahead = False  # whether `prefetch` does anything
+    reads_ahead = False  # whether `prefetch` is implemented
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -75,14 +75,14 @@ class ImageSource:
         raise NotImplementedError
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Start to read images that will be needed soon; a source on a local disk does nothing.
+        """Start to read images that will be needed soon; does nothing for a source on a local disk.
 
         Args:
             indices: 0 .. len - 1 each
         """
 
     def fetch(self, index: int) -> bytes | np.ndarray:
-        """Like `read`, but raises `CorruptImageError` with the image's name.
+        """Like `read`, but errors are a `CorruptImageError` with the image's name.
 
         Args:
             index: 0 .. len - 1
@@ -106,7 +106,7 @@ class ImageSource:
 
         Args:
             index: 0 .. len - 1
-            size: (width, height) according to the labels; None: unknown
+            size: (width, height) according to the labels; None if unknown
         """
         return decode_labeled_image(self.fetch(index), self.name(index), size)
 
@@ -116,11 +116,11 @@ class ImageSource:
         """An image, or another one if it is corrupt: (image, its index, errors).
 
         The errors are a list of (index, message), one per corrupt image. Raises
-        `CorruptImageError` when `tries` images in succession are corrupt.
+        `CorruptImageError` if `tries` images in succession are corrupt.
 
         Args:
             index: 0 .. len - 1
-            rng: draws the indices of replacements; seeded by the position in the run
+            rng: generator for the indices of replacements, seeded by the position in the run
             tries: number of images to try
         """
         errors = []
@@ -147,7 +147,7 @@ class PackedStrings:
 
     @classmethod
     def pack(cls, strings: "Iterable[str] | PackedStrings") -> "PackedStrings":
-        """Pack strings; strings that are packed already are returned as they are.
+        """Pack strings; packed strings are returned unchanged.
 
         Args:
             strings: the strings, in order
@@ -169,9 +169,9 @@ class FileSource(ImageSource):
     """Images in files, with packed names.
 
     Args:
-        root: the folder that the names are relative to
-        names: names of the images below `root`, or absolute paths, in order
-        labels: one text per image; None: the folder part of its name
+        root: folder of the images
+        names: names of the images relative to `root`, or absolute paths, in order
+        labels: one text per image. Default: the folder part of its name
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class FileSource(ImageSource):
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """The name of an image below the root.
+        """The name of an image relative to the root.
 
         Args:
             index: 0 .. len - 1
@@ -210,7 +210,7 @@ class FileSource(ImageSource):
         """
         path = os.path.join(self.root, self.name(index))
         info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):  # reading a pipe would block forever
+        if not stat.S_ISREG(info.st_mode):  # a pipe would block forever
             raise OSError("not a file")
         if info.st_size > MAX_BYTES:
             raise OSError(f"a file of more than {MAX_BYTES // 2**20} MB")
@@ -223,13 +223,13 @@ VOC_FOLDERS = {"Annotations", "ImageSets", "SegmentationClass", "SegmentationObj
 def read_folder(
     path: str, advance: Callable[[], Any] = lambda: None
 ) -> tuple[list[str], list[str], list[str]]:
-    """Names in a folder that are not hidden: (folders, files, links that lead nowhere).
+    """Names in a folder that are not hidden: (folders, files, broken links).
 
-    A link that leads nowhere counts as a file if it has the suffix of an image.
+    A broken link with the suffix of an image counts as a file.
 
     Args:
         path: the folder; raises `OSError`
-        advance: called after each name, for a progress bar
+        advance: function that is called after each name, for a progress bar
     """
     folders, files, broken = [], [], []
     with os.scandir(path) as entries:
@@ -254,10 +254,10 @@ def walk_folders(
     """Yield each folder below `root` once: (its relative name or "", files, broken links).
 
     Args:
-        root: a folder; links below it are followed; raises `UsageError` for a folder that cannot
-            be read
-        advance: called after each name that is read, for a progress bar
-        is_excluded: tells whether a folder, by its relative name, is left out
+        root: a folder; links in it are followed. Raises `UsageError` for a folder that cannot be
+            read
+        advance: function that is called after each name, for a progress bar
+        is_excluded: function of a folder's relative name: whether it is left out
     """
     visited, pending = set(), [""]
     while pending:
@@ -280,17 +280,17 @@ def walk_folders(
 
 # %% ../../nbs/data/01_sources.ipynb #c030
 class DelayedBar(tqdm):
-    """A tqdm bar that appears after a second, even while nothing advances, on rank 0 only.
+    """A tqdm bar that is shown after one second, even before it advances, on rank 0 only.
 
     Args:
-        *args: of tqdm
-        **options: of tqdm
+        *args: arguments of tqdm
+        **options: options of tqdm
     """
 
     def __init__(self, *args, **options) -> None:
         if launch().rank != 0:
             options["disable"] = True
-        interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log has a line per update
+        interval = 0.1 if sys.stderr.isatty() else 10  # seconds; each update is a line of a log
         super().__init__(*args, unit="", delay=1, mininterval=interval, **options)
         self.timer = threading.Timer(1, self.appear)
         self.timer.daemon = True
@@ -298,7 +298,7 @@ class DelayedBar(tqdm):
             self.timer.start()
 
     def appear(self) -> None:
-        """Show the bar now, unless it is closed."""
+        """Show the bar, unless it is closed."""
         if not self.disable:
             self.refresh()
             self.last_print_t = time.time()  # so that `close` ends the line
@@ -311,16 +311,16 @@ class DelayedBar(tqdm):
 
 
 def progress_bar(*args, **options) -> DelayedBar:
-    """A `DelayedBar`.
+    """Create a `DelayedBar`.
 
     Args:
-        *args: of tqdm
-        **options: of tqdm
+        *args: arguments of tqdm
+        **options: options of tqdm
     """
     return DelayedBar(*args, **options)
 
 # %% ../../nbs/data/01_sources.ipynb #c063
-WARNINGS = set()  # those that this process has printed
+WARNINGS = set()  # warnings that this process has printed
 
 
 def warn_once(text: str) -> None:
@@ -335,15 +335,15 @@ def warn_once(text: str) -> None:
 
 
 def report_broken_links(root: str, broken: list[str]) -> None:
-    """Warn about the links that lead nowhere.
+    """Warn about broken links.
 
     Args:
         root: the folder that was searched
-        broken: their names
+        broken: names of the links
     """
     if broken:
-        links = "1 link leads" if len(broken) == 1 else f"{len(broken)} links lead"
-        warn_once(f"{one_line(root)}: {links} nowhere, such as {one_line(broken[0])}")
+        links = "1 broken link" if len(broken) == 1 else f"{len(broken)} broken links"
+        warn_once(f"{one_line(root)}: {links}, such as {one_line(broken[0])}")
 
 
 def scan_folder(
@@ -366,11 +366,11 @@ def scan_folder(
 
 # %% ../../nbs/data/01_sources.ipynb #c033
 def cache_path(kind: str, path: Path | str) -> Path:
-    """Path of a cache file, below $XDG_CACHE_HOME or ~/.cache.
+    """Path of a cache file, in $XDG_CACHE_HOME or ~/.cache.
 
     Args:
         kind: kind of the cached data
-        path: the file or folder that the data belongs to
+        path: the file or folder from which the data was read
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     digest = hashlib.sha1(os.fsencode(os.path.realpath(path))).hexdigest()
@@ -378,19 +378,19 @@ def cache_path(kind: str, path: Path | str) -> Path:
 
 
 def file_stamp(info: os.stat_result) -> np.ndarray:
-    """Size, modification time and change time of a file: int64, another one once it is replaced.
+    """Size, modification time and change time of a file, int64; they differ if it is replaced.
 
     Args:
-        info: result of `os.stat`; the change time is set by the system, the other ones by copies
+        info: result of `os.stat`
     """
     return np.array([info.st_size, info.st_mtime_ns, info.st_ctime_ns], np.int64)
 
 
 def save_cache(path: Path, **arrays: np.ndarray) -> None:
-    """Write a cache file; do nothing if that is impossible.
+    """Write a cache file if possible.
 
     Args:
-        path: from `cache_path`
+        path: result of `cache_path`
         **arrays: the data
     """
     with suppress(OSError):
@@ -405,8 +405,8 @@ def load_cache(
     """The arrays of a cache file; None if it is missing, damaged or out of date.
 
     Args:
-        path: from `cache_path`
-        is_valid: takes the arrays by name, returns whether they are up to date
+        path: result of `cache_path`
+        is_valid: function of a dict of the arrays: whether they are up to date
     """
     with suppress(Exception):  # a damaged file raises errors of many types
         with np.load(path) as file:
@@ -420,7 +420,7 @@ def folder_mtimes(root: Path | str, folders: Iterable[str]) -> np.ndarray:
 
     Args:
         root: a folder
-        folders: names of folders below it
+        folders: names of folders relative to `root`
     """
     return np.array([os.stat(os.path.join(root, f)).st_mtime_ns for f in folders], np.int64)
 
@@ -434,9 +434,9 @@ def list_images(
 
     Args:
         root: a folder; raises `UsageError` if it or a folder in it cannot be read
-        cache_threshold: number of images from which on the names are cached
-        is_excluded: tells whether a folder, by its relative name, need not be searched; if it is
-            in the cache, its images are among the names
+        cache_threshold: minimal number of images for which the names are cached
+        is_excluded: function of a folder's relative name: whether the search may skip it; a cached
+            list contains its images nevertheless
     """
 
     def is_valid(arrays: dict[str, np.ndarray]) -> bool:
@@ -480,11 +480,12 @@ def folder_source(
 
 # %% ../../nbs/data/01_sources.ipynb #c044
 def list_source(path: Path | str) -> FileSource:
-    """The images named in a list file; raises `UsageError` if it is empty or the first is missing.
+    """The images named in a list file.
 
     Args:
-        path: a text file with one name per line, relative to the file's folder or absolute;
-            the text after a name is its label
+        path: a text file with one name per line, relative to the file's folder or absolute; the
+            text after a name is its label. Raises `UsageError` if the list is empty or its first
+            image is missing
     """
     path = Path(path)
     try:
@@ -502,12 +503,12 @@ def list_source(path: Path | str) -> FileSource:
 
 # %% ../../nbs/data/01_sources.ipynb #c045b
 def require_files(root: Path | str, names: list[str], kind: str) -> FileSource:
-    """The source of some files; raises `UsageError` with the number and names of missing ones.
+    """The source of given files; raises `UsageError` with the number and names of missing files.
 
     Args:
-        root: the folder that the names are relative to
-        names: names of the files below `root`
-        kind: of the files, for the error message: "mask" or "image"
+        root: folder of the files
+        names: names of the files relative to `root`
+        kind: kind of the files, for the message: "mask" or "image"
     """
     existing = {}
     for folder in {os.path.dirname(name) for name in names}:
@@ -521,10 +522,10 @@ def require_files(root: Path | str, names: list[str], kind: str) -> FileSource:
 
 # %% ../../nbs/data/01_sources.ipynb #c047
 def coco_file_names(path: Path) -> PackedStrings:
-    """The file names in a COCO json, cached if it is large; raises `UsageError` if it is invalid.
+    """The file names in a COCO json, cached if there are many.
 
     Args:
-        path: a COCO json file
+        path: a COCO json file; raises `UsageError` if it is invalid
     """
     info = os.stat(path)
     cache, stamp = cache_path("coco1", path), file_stamp(info)
@@ -548,12 +549,13 @@ def coco_file_names(path: Path) -> PackedStrings:
 
 # %% ../../nbs/data/01_sources.ipynb #c048
 def coco_source(path: Path | str, images: Path | str | None = None) -> FileSource:
-    """The images listed in a COCO json; raises `UsageError` if there are none or they are missing.
+    """The images listed in a COCO json.
 
     Args:
-        path: a COCO json file such as annotations/instances_train2017.json
-        images: the folder of the images; None: the folder beside `annotations` with which the
-            name of the json file ends
+        path: a COCO json file such as annotations/instances_train2017.json; raises `UsageError` if
+            it lists no images or the first image is missing
+        images: folder of the images. Default: the folder beside `annotations` whose name is the
+            end of the json file's name
     """
     path = Path(path)
     names = coco_file_names(path)
@@ -562,5 +564,5 @@ def coco_source(path: Path | str, images: Path | str | None = None) -> FileSourc
     images = Path(images) if images else path.parent.parent / path.stem.split("_")[-1]
     if not os.path.exists(images / names[0]):
         first = one_line(names[0])
-        raise UsageError(f"--data-root {path}: its images are not in {images}, or not {first}")
+        raise UsageError(f"--data-root {path}: its first image {first} is not in {images}")
     return FileSource(images, names)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REQUIRED_KEYS', 'PROGRESS_FIELDS', 'link_or_copy', 'numbered_checkpoints', 'serialize', 'write_checkpoint',
            'save_checkpoint', 'first_corrupt_entry', 'load_checkpoint', 'load_newest', 'check_same_run', 'MetricsLog',
-           'print_on_rank0', 'RunWriter']
+           'print_on_rank0', 'CheckpointWriter', 'LogCallback', 'locked_run_folder', 'RunWriter']
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c002
 import io
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c012
 def link_or_copy(path: Path | str, name: str) -> Path:
-    """Add a second name for a file: a hard link, or a copy where the file system has no links.
+    """Add a second name for a file: a hard link, or a copy if the file system has no links.
 
     Args:
         path: the file
-        name: its second name, in the same folder; replaced if it exists
+        name: the second name, in the same folder; replaced if it exists
     """
     other = Path(path).with_name(name)
     other.unlink(missing_ok=True)
@@ -57,7 +57,7 @@ def link_or_copy(path: Path | str, name: str) -> Path:
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c015
 def numbered_checkpoints(folder: Path | str) -> list[Path]:
-    """Paths of the numbered checkpoints in the order in which they were written.
+    """Paths of the numbered checkpoints, sorted by the time of writing.
 
     Args:
         folder: a run folder
@@ -67,7 +67,7 @@ def numbered_checkpoints(folder: Path | str) -> list[Path]:
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c017
 def serialize(state: dict[str, Any]) -> memoryview:
-    """Bytes of a PyTorch file; afterwards the tensors may change.
+    """The bytes of a PyTorch file; the tensors may change afterwards.
 
     Args:
         state: dict of tensors, numbers and strings that `torch.load(weights_only=True)` can read
@@ -84,7 +84,7 @@ def write_checkpoint(data: memoryview | bytes, folder: Path | str, step: int, ke
         data: a result of `serialize`
         folder: the run folder, locked by this process (`io.lock_folder`)
         step: steps done
-        keep: numbered checkpoints to keep, at least two
+        keep: number of numbered checkpoints to keep; at least two are kept
     """
     folder = Path(folder)
     for leftover in folder.glob(".last.pt.*.tmp"):  # of a process that was killed while writing
@@ -104,16 +104,16 @@ def save_checkpoint(state: dict[str, Any], folder: Path | str, step: int, keep: 
         state: see `serialize`
         folder: see `write_checkpoint`
         step: steps done
-        keep: numbered checkpoints to keep, at least two
+        keep: number of numbered checkpoints to keep; at least two are kept
     """
     write_checkpoint(serialize(state), folder, step, keep)
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c024
 def first_corrupt_entry(path: Path | str) -> str | None:
-    """Name of the first entry of a zip archive that does not fit its checksum, or None.
+    """Name of the first entry of a zip archive with a wrong checksum, or None.
 
     Args:
-        path: any file; None is returned for one that is no zip archive
+        path: any file; for a file that is not a zip archive, the result is None
     """
     if not zipfile.is_zipfile(path):
         return None
@@ -121,32 +121,32 @@ def first_corrupt_entry(path: Path | str) -> str | None:
         return archive.testzip()
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c025
-REQUIRED_KEYS = {"step", "config", "model", "optimizer"}  # of every checkpoint
+REQUIRED_KEYS = {"step", "config", "model", "optimizer"}  # every checkpoint has them
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
     """Load a checkpoint to the CPU without running code from the file.
 
     Args:
-        path: a checkpoint written by `save_checkpoint`; raises `UsageError` when the file is
-            missing, damaged or no checkpoint
+        path: a checkpoint written by `save_checkpoint`; raises `UsageError` if the file is
+            missing, damaged or not a checkpoint
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual pickles; they are refused anyway
+            warnings.simplefilter("ignore")  # of unusual pickles, which raise an error below
             state = torch.load(path, map_location="cpu", weights_only=True)
         if first_corrupt_entry(path):
             raise ValueError("its bytes have changed")
     except FileNotFoundError:
         raise UsageError(
-            f"{path}: not there; give the path of a checkpoint such as runs/demo/last.pt"
+            f"{path}: not found; give the path of a checkpoint such as runs/demo/last.pt"
         ) from None
     except Exception as e:
         raise UsageError(f"{path}: not a checkpoint of this package ({type(e).__name__})") from e
     missing = REQUIRED_KEYS - set(state) if isinstance(state, dict) else REQUIRED_KEYS
     if missing:
         raise UsageError(
-            f"{path}: not a checkpoint of a run, it lacks {', '.join(sorted(missing))}; "
+            f"{path}: not a checkpoint of a run, without {', '.join(sorted(missing))}; "
             "give a file such as runs/demo/last.pt"
         )
     return state
@@ -156,13 +156,13 @@ def load_newest(folder: Path | str, warn: Callable[[str], None]) -> dict[str, An
     """Load last.pt or the newest numbered checkpoint that is not damaged; None if there is none.
 
     Args:
-        folder: a run folder, which need not exist; raises `UsageError` when all of its
-            checkpoints are damaged
-        warn: called with one line when an older checkpoint is used
+        folder: a run folder, which may not exist; raises `UsageError` if all of its checkpoints
+            are damaged
+        warn: function that is called with one line if an older checkpoint is used
     """
     last = Path(folder) / "last.pt"
     numbered = numbered_checkpoints(folder)[::-1]
-    problems = [f"{last}: not there"] if numbered and not last.exists() else []
+    problems = [f"{last}: not found"] if numbered and not last.exists() else []
     for path in [last, *numbered] if last.exists() else numbered:
         try:
             state = load_checkpoint(path)
@@ -187,7 +187,7 @@ def check_same_run(
     source: str = "--out",
     remedy: str = "give another --out, or the same options",
 ) -> None:
-    """Raise `UsageError` with the names of the fields in which two configs differ.
+    """Raise `UsageError` with the names of the fields if two configs differ.
 
     Args:
         saved: the config in the checkpoint
@@ -202,15 +202,15 @@ def check_same_run(
         if name not in changeable and saved.get(name) != value
     ]
     if differences:
-        raise UsageError(f"{source} holds another run: {', '.join(differences)}; {remedy}")
+        raise UsageError(f"{source} contains another run: {', '.join(differences)}; {remedy}")
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c037
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events of a run; rank 0 only.
+    """The metrics.jsonl and the TensorBoard events of a run; for rank 0 only.
 
     Args:
         folder: the run folder
-        step: the run continues from this step: later rows are deleted (0: all rows)
+        step: step from which the run continues; later rows are deleted, and with 0 all rows
 
     Attributes:
         path: path of metrics.jsonl
@@ -234,10 +234,10 @@ class MetricsLog:
         )
 
     def row(self, **fields: Any) -> None:
-        """Append a row; it is with the operating system when this returns, so it survives a kill.
+        """Append a row, which is not lost if the process is killed afterwards.
 
         Args:
-            **fields: `step`, and what was measured
+            **fields: `step` and the measured values
         """
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(strict_json(fields) + "\n")
@@ -246,51 +246,148 @@ class MetricsLog:
                 self.events.add_scalar(name, value, fields["step"])
 
     def sync(self) -> None:
-        """Make all rows so far survive a power cut, and TensorBoard's events a kill."""
+        """Make the disk store all rows, and flush TensorBoard's events."""
         self.events.flush()
         if self.path.exists():
             with open(self.path, "rb") as f:
                 sync_to_disk(f.fileno(), self.path)
 
     def close(self) -> None:
-        """Write TensorBoard's remaining events."""
+        """Write the remaining events of TensorBoard."""
         self.events.close()
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c045
 def print_on_rank0(text: str) -> None:
-    """Print a line on stderr, above a progress bar; nothing on the other ranks.
+    """Print a line on stderr, above a progress bar, on rank 0 only.
 
     Args:
-        text: one line
+        text: the line
     """
     if distributed.rank() == 0:
         tqdm.write(text, file=sys.stderr)
 
-# %% ../../nbs/runtime/03_checkpoint.ipynb #c046
-# name in the progress bar -> field of a row
-PROGRESS_FIELDS = {"loss": "loss", "match": "match_acc", "images_s": "images_per_s"}
+# %% ../../nbs/runtime/03_checkpoint.ipynb #a2591255
+class CheckpointWriter:
+    """Writes the checkpoints of a run, each with a figure, in a background thread.
 
-
-class RunWriter:
-    """Writes a run folder on rank 0; on the other ranks every method does nothing.
-
-    A context manager: it creates and locks the folder, writes config.json, deletes rows after
-    the first step and shows a progress bar; all ranks must enter it. An `OSError` while writing
-    becomes a `RunError` that names the last good checkpoint. A run that has reached its last
-    step is finished: its folder is left as it is.
+    An `OSError` while writing becomes a `RunError` that names the last good checkpoint.
 
     Args:
-        folder: run folder; created if it does not exist
-        config: config of the run, for config.json
-        step: step from which the run starts or continues
-        last_step: last step of the run
-        keep: numbered checkpoints to keep
-        on_row: called with each row that was written; an exception in it is reported, and nothing
-            more
-
-    Attributes:
-        active: whether this rank writes
+        folder: run folder, locked by this process
+        keep: number of numbered checkpoints to keep
     """
+
+    def __init__(self, folder: Path | str, keep: int = 3) -> None:
+        self.folder = Path(folder)
+        self.keep = keep
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None  # the save in progress
+
+    def save(self, state: dict[str, Any], figure: "Figure | None" = None) -> None:
+        """Start to save a checkpoint, after the previous save has ended.
+
+        Args:
+            state: see `serialize`; contains `step`
+            figure: figure of the current matches, for the folder matches/
+        """
+        self.wait()
+        self._pending = self._pool.submit(self._write, serialize(state), state["step"], figure)
+
+    def _write(self, data: memoryview, step: int, figure: "Figure | None") -> None:
+        write_checkpoint(data, self.folder, step, self.keep)
+        if figure:
+            with atomic_write(self.folder / "matches" / f"step-{step:08d}.png") as f:
+                figure.savefig(f, format="png")
+
+    def wait(self) -> None:
+        """Wait until the last save is on the disk; raise `RunError` if it failed."""
+        if self._pending:
+            with self.disk_errors():
+                self._pending.result()
+            self._pending = None
+
+    def raise_failed(self) -> None:
+        """Raise the `RunError` of a save that has failed; do not wait for a save in progress."""
+        if self._pending and self._pending.done():
+            self.wait()
+
+    @contextmanager
+    def disk_errors(self) -> Iterator[None]:
+        """Context manager that turns an `OSError` into a `RunError`."""
+        try:
+            yield
+        except OSError as e:
+            step = self._last_saved_step()
+            good = f"the last good checkpoint is that of step {step}"
+            raise RunError(
+                f"--out {self.folder}: cannot be written ({e.strerror or e}); "
+                f"{good if step else 'there is no checkpoint yet'}; "
+                "free some space and start the same command again"
+            ) from e
+
+    def _last_saved_step(self) -> int | None:
+        if self._pending:
+            self._pending.exception()  # waits for its end
+        self._pending = None
+        try:
+            return load_checkpoint(self.folder / "last.pt")["step"]
+        except UsageError:
+            return None
+
+    def close(self) -> None:
+        """End the background thread."""
+        self._pool.shutdown()
+
+# %% ../../nbs/runtime/03_checkpoint.ipynb #caaea961
+class LogCallback:
+    """Calls a function with each row; an exception in it is reported and does not end the run.
+
+    Args:
+        function: function of a row, called with a copy. Default: none
+    """
+
+    def __init__(self, function: Callable[[dict[str, Any]], Any] | None = None) -> None:
+        self.function = function
+        self.failed_rows = 0
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        try:
+            if self.function:
+                self.function(dict(row))
+        except Exception as e:  # noqa: BLE001  the function is not ours
+            self.failed_rows += 1
+            if self.failed_rows == 1:
+                reason = f"{type(e).__name__}: {e}".splitlines()[0][:300]
+                text = "the run continues, and metrics.jsonl contains each row"
+                print_on_rank0(f"warning: log failed at step {row['step']} ({reason}); {text}")
+
+    def close(self) -> None:
+        """Print the number of failed rows, if there are any."""
+        if self.failed_rows:
+            print_on_rank0(f"warning: log failed for {self.failed_rows} rows")
+        self.failed_rows = 0
+
+# %% ../../nbs/runtime/03_checkpoint.ipynb #5e0c858c
+@contextmanager
+def locked_run_folder(folder: Path) -> Iterator[None]:
+    """Context manager that creates and locks a run folder, and deletes incomplete files in it.
+
+    Args:
+        folder: the run folder; raises `UsageError` if it cannot be created or is locked
+    """
+    try:
+        (folder / "matches").mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"--out {folder}: {e.strerror}; give a folder that is writable") from None
+    with lock_folder(folder):
+        for pattern in (".*.tmp", "matches/.*.tmp"):  # of a process that was killed while writing
+            for leftover in folder.glob(pattern):
+                leftover.unlink()
+        yield
+
+# %% ../../nbs/runtime/03_checkpoint.ipynb #c046
+class _RunFolder:
+    """The part of `RunWriter` that opens and closes the run folder."""
 
     def __init__(
         self,
@@ -305,18 +402,15 @@ class RunWriter:
         self.config = config
         self.step = step
         self.last_step = last_step
-        self.keep = keep
-        self.on_row = on_row
-        self._failed_rows = 0
         self.active = distributed.rank() == 0 and not 0 < last_step <= step
+        self.checkpoints = CheckpointWriter(folder, keep)
+        self._callback = LogCallback(on_row)
         self._stack = ExitStack()
-        self._pending: Future[None] | None = None  # the save under way
 
     def __enter__(self):
         try:
             with distributed.raise_on_all_ranks():
                 if self.active:
-                    self._lock()
                     self._open()
         except BaseException:
             self._stack.close()
@@ -324,8 +418,8 @@ class RunWriter:
         if 0 < self.last_step <= self.step:
             self.message(
                 f"the run is finished: it is at step {self.step}, and this command ends at step "
-                f"{self.last_step}; nothing was changed. To go on, raise --max-steps, up to the "
-                "end of its epochs; for a new run give another --out, or --resume never"
+                f"{self.last_step}; nothing was changed. To continue, raise --max-steps, up to the "
+                "end of its epochs; for a new run, give another --out, or --resume never"
             )
         elif self.step:
             self.message(f"resumed at step {self.step}")
@@ -334,21 +428,10 @@ class RunWriter:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _lock(self) -> None:
-        try:
-            (self.folder / "matches").mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UsageError(
-                f"--out {self.folder}: {e.strerror}; give a folder that can be written"
-            ) from None
-        self._stack.enter_context(lock_folder(self.folder))
-        self._pool = self._stack.enter_context(ThreadPoolExecutor(1))
-        for pattern in (".*.tmp", "matches/.*.tmp"):  # of a process that was killed while writing
-            for leftover in self.folder.glob(pattern):
-                leftover.unlink()
-
     def _open(self) -> None:
-        with self._disk_errors():
+        self._stack.enter_context(locked_run_folder(self.folder))
+        self._stack.callback(self.checkpoints.close)
+        with self.checkpoints.disk_errors():
             with atomic_write(self.folder / "config.json", "w") as f:
                 f.write(strict_json(self.config, indent=1))
             self.log = self._stack.enter_context(closing(MetricsLog(self.folder, self.step)))
@@ -356,56 +439,58 @@ class RunWriter:
             tqdm(total=self.last_step, initial=self.step, unit="step", dynamic_ncols=True)
         )
 
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:
-            step = self._last_saved_step()
-            good = f"the last good checkpoint is that of step {step}"
-            raise RunError(
-                f"--out {self.folder}: cannot write there ({e.strerror or e}); "
-                f"{good if step else 'there is no checkpoint yet'}; "
-                "make room and start the same command again"
-            ) from e
-
-    def _last_saved_step(self) -> int | None:
-        if self._pending:
-            self._pending.exception()  # waits for its end
-        self._pending = None
-        try:
-            return load_checkpoint(self.folder / "last.pt")["step"]
-        except UsageError:
-            return None
-
     def message(self, text: str) -> None:
         """Print a line above the progress bar.
 
         Args:
-            text: one line
+            text: the line
         """
         print_on_rank0(text)
 
-    def _append(self, row: dict[str, Any]) -> None:
-        if self._pending and self._pending.done():
-            self.wait()  # raises the error of a failed save
-        with self._disk_errors():
-            self.log.row(**row)
+    def close(self) -> None:
+        """Finish the last save and unlock the folder."""
+        self._callback.close()
         try:
-            if self.on_row:
-                self.on_row(dict(row))
-        except Exception as e:  # noqa: BLE001  a log that fails must not end a run of days
-            self._failed_rows += 1
-            if self._failed_rows == 1:
-                reason = f"{type(e).__name__}: {e}".splitlines()[0][:300]
-                text = "the run goes on, and metrics.jsonl has each row"
-                self.message(f"warning: log failed at step {row['step']} ({reason}); {text}")
+            self.checkpoints.wait()
+        finally:
+            self._stack.close()
+
+# %% ../../nbs/runtime/03_checkpoint.ipynb #2ac1a802
+# name in the progress bar -> field of a row
+PROGRESS_FIELDS = {"loss": "loss", "match": "match_acc", "images_s": "images_per_s"}
+
+
+class RunWriter(_RunFolder):
+    """Writes a run folder on rank 0; on the other ranks its methods do nothing.
+
+    A context manager that all ranks must enter. It creates and locks the folder, writes
+    config.json, deletes rows after the first step, and shows a progress bar. An `OSError` while
+    writing becomes a `RunError` that names the last good checkpoint. The folder of a finished run,
+    which has reached its last step, is not changed.
+
+    Args:
+        folder: run folder; created if it does not exist
+        config: config of the run, for config.json
+        step: step from which the run starts or continues
+        last_step: last step of the run
+        keep: number of numbered checkpoints to keep
+        on_row: function that is called with each row, see `LogCallback`
+
+    Attributes:
+        active: whether this rank writes
+    """
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self.checkpoints.raise_failed()
+        with self.checkpoints.disk_errors():
+            self.log.row(**row)
+        self._callback(row)
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Append a row of metrics and advance the progress bar.
 
         Args:
-            row: with `step` and the fields of `PROGRESS_FIELDS`
+            row: contains `step` and the fields of `PROGRESS_FIELDS`
         """
         if not self.active:
             return
@@ -433,35 +518,12 @@ class RunWriter:
         """Save a checkpoint and a figure; a background thread writes them.
 
         Args:
-            state: see `serialize`; with `step`
-            figure: a figure of the current matches, for the folder matches/
+            state: see `serialize`; contains `step`
+            figure: figure of the current matches, for the folder matches/
         """
         if not self.active:
             return
-        self.wait()
-        with self._disk_errors():
+        self.checkpoints.wait()
+        with self.checkpoints.disk_errors():
             self.log.sync()
-        self._pending = self._pool.submit(self._write, serialize(state), state["step"], figure)
-
-    def _write(self, data: memoryview, step: int, figure: "Figure | None") -> None:
-        write_checkpoint(data, self.folder, step, self.keep)
-        if figure:
-            with atomic_write(self.folder / "matches" / f"step-{step:08d}.png") as f:
-                figure.savefig(f, format="png")
-
-    def wait(self) -> None:
-        """Wait until the last save is on the disk; raise `RunError` when it failed."""
-        if self._pending:
-            with self._disk_errors():
-                self._pending.result()
-            self._pending = None
-
-    def close(self) -> None:
-        """Finish the last save, and release the folder."""
-        if self._failed_rows:
-            self.message(f"warning: log failed for {self._failed_rows} rows")
-            self._failed_rows = 0
-        try:
-            self.wait()
-        finally:
-            self._stack.close()
+        self.checkpoints.save(state, figure)

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .io import RunError, UsageError, launch
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c005
-_alone = False  # whether this process acts as if there were no others
+_alone = False  # inside `without_peers`
 
 
 def world_size() -> int:
@@ -42,13 +42,13 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this process among them, from 0."""
+    """Number of this process, from 0; 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 @contextmanager
 def without_peers() -> Iterator[None]:
-    """Context in which nothing is exchanged: this process acts as the only one."""
+    """Context manager in which all collectives are local, as with a single process."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -58,10 +58,10 @@ def without_peers() -> Iterator[None]:
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c007b
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory that a step frees for the next one, not return it to the system.
+    """Make glibc keep freed memory for later allocations instead of returning it to the system.
 
-    A step frees and allocates hundreds of large tensors. By default each of them is unmapped and
-    mapped again, which costs a page fault for every 4 KB. Without glibc nothing is changed.
+    A step frees and allocates hundreds of large tensors. By default, each of them is unmapped and
+    mapped again, which costs a page fault for every 4 KB. Without glibc, nothing is changed.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -74,14 +74,14 @@ def keep_freed_memory() -> None:
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c008
 def init_distributed(device: str = "auto", timeout: float = 600) -> torch.device:
-    """Join the process group that torchrun describes, if any, and return this process's device.
+    """Join the process group of torchrun, if there is one, and return this process's device.
 
     Tensors in host memory are sent by gloo, CUDA tensors by nccl.
 
     Args:
-        device: "auto" (CUDA where there is a GPU), "cpu" or "cuda"; raises `UsageError` when
-            this machine has fewer GPUs than processes
-        timeout: seconds after which a rank that hangs ends the run
+        device: "auto" (CUDA if there is a GPU), "cpu" or "cuda"; raises `UsageError` if this
+            machine has fewer GPUs than processes
+        timeout: seconds after which a collective fails because a rank hangs
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,7 +98,7 @@ def init_distributed(device: str = "auto", timeout: float = 600) -> torch.device
 
 
 def check_gpu_count(processes: int, gpus: int) -> None:
-    """Raise `UsageError`, the same on all ranks of a machine, if it has too few GPUs.
+    """Raise `UsageError` if a machine has fewer GPUs than processes.
 
     Args:
         processes: number of processes on this machine
@@ -107,7 +107,7 @@ def check_gpu_count(processes: int, gpus: int) -> None:
     if gpus < processes:
         fewer = f"or --nproc_per_node={gpus}" if gpus else "or a machine with a GPU"
         raise UsageError(
-            f"--device cuda: {gpus} CUDA devices here for {processes} process"
+            f"--device cuda: {gpus} CUDA devices for {processes} process"
             f"{'es' * (processes > 1)}; use --device cpu, {fewer}"
         )
 
@@ -136,11 +136,11 @@ CHECKS = (
 
 
 def first_lines(error: BaseException, length: int = 400) -> str:
-    """The lines of an error that contain its reason, as one line.
+    """The first lines of an error, without the C++ stack, joined to one line.
 
     Args:
-        error: of torch.distributed; NCCL's reason is in the line below "Last error:"
-        length: number of characters
+        error: error of torch.distributed
+        length: maximal number of characters
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = lines[: next((i for i, x in enumerate(lines) if "Exception raised from" in x), None)]
@@ -163,31 +163,31 @@ COMMUNICATION = re.compile(r"gloo|nccl|pair closure|pair is not connected", re.I
 
 
 def communication_error(error: RuntimeError) -> RunError | None:
-    """The error of one line for an error of torch.distributed; None for any other error.
+    """A `RunError` of one line for an error of torch.distributed; None for any other error.
 
     Args:
-        error: raised by a collective
+        error: the exception that a collective raised
     """
     text = str(error).lower()
     if not (isinstance(error, dist.DistError) or COMMUNICATION.search(text)):
         return None
     if re.search("timed out|timeout", text) and not re.search("connect.* timed out", text):
         return RunError(
-            "another process hangs: it has not answered within --timeout; "
+            "another process hangs: it did not respond within --timeout; "
             "check its machine, disk and GPU"
         )
     if LOST_PEER.search(text):
-        return RunError("another process has ended; its own message contains the reason")
+        return RunError("another process has ended; its message contains the reason")
     return RunError(f"the processes cannot exchange data ({first_lines(error)}); check {CHECKS}")
 
 
 @contextmanager
 def distributed_session() -> Iterator[None]:
-    """Leave the process group at the end; a lost peer inside becomes a `RunError` of one line."""
+    """Context manager that leaves the process group; a lost peer becomes a `RunError`."""
     try:
         yield
     except UsageError:
-        shutdown()  # a process group that is still open may abort the process at its end
+        shutdown()  # an open process group may abort the process at exit
         raise
     except RuntimeError as e:
         error = communication_error(e) if world_size() > 1 else None
@@ -199,7 +199,7 @@ def distributed_session() -> Iterator[None]:
 # %% ../../nbs/runtime/01_distributed.ipynb #c017
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
-    """Concatenate the tensors of all ranks in rank order: (R B) x ...; no gradient flows.
+    """Concatenate the tensors of all ranks in rank order: (R B) x ..., without gradient.
 
     Args:
         x: B x ..., the same shape on every rank
@@ -218,7 +218,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum of a tensor over the ranks.
 
     Args:
-        x: any shape, the same on every rank; not changed
+        x: tensor of any shape, the same on every rank; not changed
     """
     if world_size() == 1:
         return x
@@ -231,14 +231,14 @@ def all_reduce_mean(x: Tensor) -> Tensor:
     """Mean of a tensor over the ranks.
 
     Args:
-        x: any shape, the same on every rank; not changed
+        x: tensor of any shape, the same on every rank; not changed
     """
     return x if world_size() == 1 else all_reduce_sum(x) / world_size()
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c021
 @torch.no_grad()
 def broadcast_(tensors: Iterable[Tensor]) -> None:
-    """Overwrite the tensors of every rank by those of rank 0.
+    """Replace the tensors of every rank by those of rank 0.
 
     Args:
         tensors: changed in place
@@ -249,19 +249,19 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c024
 def any_rank(flag: object) -> bool:
-    """Whether the flag is true on any rank: the same answer on all of them.
+    """Whether the flag is true on any rank; the same result on all ranks. A collective.
 
     Args:
-        flag: its truth value on this rank
+        flag: value of this rank
     """
     return start_any_rank(flag)()
 
 
 def start_any_rank(flag: object) -> Callable[[], bool]:
-    """Start `any_rank`; a function that waits for the result.
+    """Start `any_rank` and return a function that waits for the result. A collective.
 
     Args:
-        flag: its truth value on this rank
+        flag: value of this rank
     """
     if world_size() == 1:
         return lambda: bool(flag)
@@ -280,11 +280,10 @@ MESSAGE_BYTES = 1000
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise a `UsageError` of one rank on all ranks, with the same message.
+    """Context manager that raises a `UsageError` of one rank on all ranks. A collective.
 
-    Where rank 0 has none, the message begins with the number of the rank.
-
-    A collective: all ranks must enter it. A `RunError` has its message on its own rank only.
+    The message begins with the number of the rank, unless it is rank 0. The message of a `RunError`
+    is raised on its own rank only.
     """
     error = None
     try:
@@ -306,14 +305,14 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def raise_together(error: UsageError | None, device: str, timeout: float) -> None:
-    """Raise an error that one machine found before the start on all ranks; joins the group.
+    """Join the process group and raise an error of one rank on all ranks. A collective.
 
-    A collective. Without it the ranks of the other machines would wait for those that have ended.
+    Without it, the ranks of other machines would wait for the ranks that have ended.
 
     Args:
-        error: what this rank has found, such as data that its machine lacks; None: nothing
-        device: see `init_distributed`
-        timeout: see `init_distributed`
+        error: error of this rank, such as a data set that its machine lacks; None if it has none
+        device: as in `init_distributed`
+        timeout: as in `init_distributed`
     """
     try:
         init_distributed(device, timeout)
@@ -326,10 +325,10 @@ def raise_together(error: UsageError | None, device: str, timeout: float) -> Non
 
 # %% ../../nbs/runtime/01_distributed.ipynb #349e2b8a
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware; elsewhere it is slow.
+    """Whether the device multiplies bf16 numbers in hardware.
 
     Args:
-        device: of this process
+        device: device of this process
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -341,11 +340,11 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def choose_amp(amp: str, device: torch.device) -> str:
-    """For "auto": "bf16" if the devices of all ranks compute in it, else "off". A collective.
+    """Resolve "auto" to "bf16" if the devices of all ranks support it, else "off". A collective.
 
     Args:
-        amp: value of --amp; any other one is returned as it is
-        device: of this process
+        amp: value of --amp; values other than "auto" are returned unchanged
+        device: device of this process
     """
     if amp != "auto":
         return amp
@@ -353,11 +352,11 @@ def choose_amp(amp: str, device: torch.device) -> str:
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c029
 def rank_order_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP communication hook: the mean gradient, summed in rank order.
+    """DDP communication hook that averages the gradients in rank order.
 
     Args:
-        state: unused, part of DDP's interface
-        bucket: `torch.distributed.GradBucket`, flattened gradients of some parameters
+        state: unused argument of DDP's interface
+        bucket: flattened gradients of some parameters
     """
     parts = all_gather(bucket.buffer()[None])  # R x M
     total = parts[0].clone()
@@ -369,11 +368,11 @@ def rank_order_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Fut
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c072
 def average_gradients(model: nn.Module, deterministic: bool = False) -> nn.Module:
-    """The model in DDP, whose backward pass averages the gradients over the ranks.
+    """Wrap a model in DDP, whose backward pass averages the gradients over the ranks.
 
     Args:
-        model: on its device; inputs are not moved there
-        deterministic: sum in rank order
+        model: model on its device; inputs are not moved to the device
+        deterministic: whether gradients are summed in rank order
     """
     # torch 2.14 has renamed broadcast_buffers
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -385,20 +384,20 @@ def average_gradients(model: nn.Module, deterministic: bool = False) -> nn.Modul
 
 
 def local_gradients(model: nn.Module) -> AbstractContextManager:
-    """Context in which forward and backward passes add to this rank's own gradients only.
+    """Context manager in which backward passes do not exchange gradients.
 
     Args:
-        model: a result of `average_gradients`, or a model that is not in DDP
+        model: a result of `average_gradients`, or a model without DDP
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c074
 def queue_copy(x: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on a device; the host does not wait for the copy.
+    """Copy a tensor to a device without making the host wait.
 
     Args:
-        x: any tensor; one in ordinary memory is copied to pinned memory first
-        device: where it is needed
+        x: any tensor; a tensor in ordinary memory is copied to pinned memory first
+        device: target device
     """
     if torch.device(device).type != "cuda" or x.device.type != "cpu":
         return x.to(device)
@@ -406,11 +405,11 @@ def queue_copy(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def queue_copies(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    """Several tensors on a device by a single copy, see `queue_copy`.
+    """Copy several tensors to a device by a single copy, as `queue_copy` does.
 
     Args:
-        tensors: on the CPU, of any types and shapes
-        device: where they are needed
+        tensors: tensors on the CPU, of any types and shapes
+        device: target device
     """
     if torch.device(device).type != "cuda" or not tensors:
         return [x.to(device) for x in tensors]
@@ -423,23 +422,23 @@ def queue_copies(tensors: Sequence[Tensor], device: torch.device | str) -> list[
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers as a tensor on a device, copied there once. Must not be changed.
+    """A tensor of constants on a device, copied once; it must not be changed.
 
     Args:
         values: the numbers
-        device: where they are needed
+        device: target device
     """
     return torch.tensor(values).to(device)
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c045
 class ExchangePlan(NamedTuple):
-    """What one rank sends and receives in an all-to-all.
+    """Images that one rank sends and receives in an all-to-all.
 
     Attributes:
-        send_index: own images in sending order: those for rank 0, then those for rank 1, ...
+        send_index: indices of the rank's images in sending order: for rank 0, for rank 1, ...
         send_counts: number of images for each rank
-        receive_index: position of each received image in this rank's result, in the order of
-            arrival: from rank 0, then from rank 1, ...
+        receive_index: position of each received image in the rank's result, in the order of
+            arrival: from rank 0, from rank 1, ...
         receive_counts: number of images from each rank
     """
 
@@ -449,12 +448,16 @@ class ExchangePlan(NamedTuple):
     receive_counts: list[int]
 
     def to(self, device: torch.device | str) -> "ExchangePlan":
-        """The plan with its indices on a device, by one copy that the host does not wait for."""
+        """The plan with its indices on a device, by one copy without waiting.
+
+        Args:
+            device: target device
+        """
         indices = queue_copy(torch.stack([self.send_index, self.receive_index]), device)
         return self._replace(send_index=indices[0], receive_index=indices[1])
 
     def inverse(self) -> "ExchangePlan":
-        """The plan that sends every image back to where it came from."""
+        """The plan that sends every image back to its original rank and position."""
         return ExchangePlan(
             send_index=self.receive_index,
             send_counts=self.receive_counts,
@@ -464,10 +467,10 @@ class ExchangePlan(NamedTuple):
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c046
 def exchange_plan(perm: Tensor, world_size: int, own_rank: int) -> ExchangePlan:
-    """Plan of one rank for a shuffle by a permutation.
+    """The plan of one rank for a shuffle by a permutation.
 
     Args:
-        perm: (R B,) int64: position p of the shuffled batch gets image perm[p] of the batch
+        perm: (R B,) int64; position p of the shuffled batch gets image perm[p] of the batch
         world_size: R, number of ranks
         own_rank: the rank whose plan is returned
     """
@@ -486,10 +489,10 @@ def exchange_plan(perm: Tensor, world_size: int, own_rank: int) -> ExchangePlan:
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c052
 def exchange(x: Tensor, plan: ExchangePlan) -> Tensor:
-    """Send and receive images by a plan: B x ...
+    """Send and receive images by a plan: B x ... A collective.
 
     Args:
-        x: B x ..., this rank's images, or what was computed from them
+        x: B x ..., this rank's images, or values computed from them
         plan: this rank's plan
     """
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -501,7 +504,7 @@ def exchange(x: Tensor, plan: ExchangePlan) -> Tensor:
 
 
 def exchange_all(tensors: Sequence[Tensor], plan: ExchangePlan) -> list[Tensor]:
-    """`exchange` of several tensors by a single collective.
+    """Send and receive several tensors by a single collective, as `exchange` does.
 
     Args:
         tensors: B x ... each, of any types
@@ -519,14 +522,14 @@ def exchange_all(tensors: Sequence[Tensor], plan: ExchangePlan) -> list[Tensor]:
 class BatchShuffle:
     """One random shuffle of a batch across the ranks (ShuffleBN, MoCo section 3.3).
 
-    The keys are computed in other batches than the queries, so BN's statistics cannot reveal
-    the positives. A collective: all ranks must create it in the same step. With one process or
-    enabled=False every image stays where it is.
+    Keys and queries are normalized with the statistics of different images, so the statistics do
+    not reveal the positives. A collective: all ranks must create it in the same step. With one
+    process, or with enabled=False, it is the identity.
 
     Args:
-        batch: B, images per rank
+        batch: B, number of images per rank
         device: device of the images
-        enabled: False: no shuffle
+        enabled: whether to shuffle
 
     Attributes:
         perm: (R B,) int64, on the CPU, drawn on rank 0: position p of the shuffled batch gets image
@@ -539,8 +542,8 @@ class BatchShuffle:
             return
         self.perm = torch.randperm(world_size() * batch)
         if "cpu:" in dist.get_backend_config():
-            dist.broadcast(self.perm, 0)  # between the hosts: no GPU has to be waited for
-        else:  # a group of nccl alone
+            dist.broadcast(self.perm, 0)  # in host memory, without waiting for a GPU
+        else:  # the group has only the backend nccl
             perm = self.perm.to(device)
             dist.broadcast(perm, 0)
             self.perm = perm.cpu()
@@ -557,10 +560,10 @@ class BatchShuffle:
 
     @torch.no_grad()
     def unshuffle(self, x: Tensor) -> Tensor:
-        """The results for this rank's own images, in their order, B x ...
+        """The results for this rank's own images in their original order, B x ...
 
         Args:
-            x: B x ..., the results for the shuffled images
+            x: B x ..., results for the shuffled images
         """
         return exchange(x, self.plan.inverse()) if self.enabled else x
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNSUPPORTED', 'WARNED', 'MACHINE_ERRORS', 'warn_once', 'sync_to_disk', 'fsync_folder', 'atomic_write', 'parse_row',
-           'read_log', 'UsageError', 'RunError', 'RunStopped', 'Launch', 'launch', 'machine_error', 'run_command',
-           'note_once', 'refuse_shadowed_word', 'chapter_file', 'did_you_mean', 'Parser', 'switch', 'add_config',
-           'option_name', 'lock_folder', 'check_output_folder', 'strict_json']
+           'read_log', 'strict_json', 'UsageError', 'RunError', 'RunStopped', 'Launch', 'launch', 'machine_error',
+           'run_command', 'note_once', 'refuse_shadowed_word', 'chapter_file', 'did_you_mean', 'Parser', 'switch',
+           'add_config', 'option_name', 'lock_folder', 'check_output_folder']
 
 # %% ../../nbs/runtime/00_io.ipynb #c002
 import argparse
@@ -35,7 +35,7 @@ except ModuleNotFoundError:  # torch.hub loads weights without the options of th
     ArgumentParser, DashVariant, flag = argparse.ArgumentParser, None, None
 
 # %% ../../nbs/runtime/00_io.ipynb #c008
-# what a network file system answers to a call that it does not have
+# errors of a network file system for a call that it does not support
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 WARNED: set[str] = set()
 
@@ -44,8 +44,8 @@ def warn_once(text: str, key: str = "") -> None:
     """Print a warning on stderr, above a progress bar, once per process.
 
     Args:
-        text: one line
-        key: texts with the same key are one warning; empty: the text
+        text: the warning, one line
+        key: warnings with the same key are printed once. Default: the text
     """
     if (key or text) not in WARNED:
         WARNED.add(key or text)
@@ -58,11 +58,11 @@ def warn_once(text: str, key: str = "") -> None:
 
 
 def sync_to_disk(handle: int, path: Path | str) -> None:
-    """Make the disk store an open file; a warning where the file system cannot.
+    """Make the disk store an open file; print a warning if the file system cannot.
 
     Args:
         handle: file descriptor
-        path: its path, for the warning
+        path: path of the file, for the warning
     """
     try:
         os.fsync(handle)
@@ -70,20 +70,21 @@ def sync_to_disk(handle: int, path: Path | str) -> None:
         if e.errno not in UNSUPPORTED:
             raise
         text = (
-            f"{path}: this file system cannot sync ({e.strerror}); a power cut can lose new files"
+            f"{path}: this file system cannot sync ({e.strerror}); after a power cut, new files "
+            "may be lost"
         )
         warn_once(text, "sync")
 
 # %% ../../nbs/runtime/00_io.ipynb #c008a
 def fsync_folder(folder: Path | str) -> None:
-    """Make the disk store the folder's list of file names, where the file system can.
+    """Make the disk store the folder's list of file names, if the file system can.
 
     Args:
-        folder: the folder whose new names must survive a power cut
+        folder: folder with new files
     """
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders; on Linux one may be writable only
+    except PermissionError:  # on Windows always; on Linux for a folder without read permission
         return
     try:
         sync_to_disk(handle, folder)
@@ -93,9 +94,9 @@ def fsync_folder(folder: Path | str) -> None:
 # %% ../../nbs/runtime/00_io.ipynb #c009
 @contextmanager
 def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file that appears under `path` complete or not at all.
+    """Open a file that exists under `path` only when it is complete.
 
-    It is written under a temporary name in the same folder, synced and renamed.
+    The file is written under a temporary name in the same folder, synced and renamed.
 
     Args:
         path: the file to write; its folder must exist
@@ -115,10 +116,10 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
 
 # %% ../../nbs/runtime/00_io.ipynb #c017
 def parse_row(line: str) -> dict[str, Any] | None:
-    """The row in a line of a log, or None when a kill or a power cut left the line incomplete.
+    """The row in a line of a log, or None if the line is incomplete.
 
     Args:
-        line: a line of a log, with its line end
+        line: a line of a log, including its end of line
     """
     if not line.endswith("\n"):
         return None
@@ -130,10 +131,10 @@ def parse_row(line: str) -> dict[str, Any] | None:
 
 # %% ../../nbs/runtime/00_io.ipynb #c017b
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All complete rows of a log; raises `UsageError` when it cannot be read.
+    """All complete rows of a log.
 
     Args:
-        path: metrics.jsonl of a run
+        path: metrics.jsonl of a run; raises `UsageError` if it cannot be read
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True)
@@ -141,6 +142,26 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         text = f"{path}: {e.strerror}; give the folder of a run, such as runs/demo"
         raise UsageError(text) from None
     return [row for row in map(parse_row, lines) if row]
+
+# %% ../../nbs/runtime/00_io.ipynb #c049
+def _replace_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _replace_nonfinite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replace_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, with null for numbers that are not finite.
+
+    Args:
+        value: dicts, lists, tuples, strings, numbers and None
+        indent: spaces per level. Default: the JSON is one line
+    """
+    return json.dumps(_replace_nonfinite(value), indent=indent, allow_nan=False)
 
 # %% ../../nbs/runtime/00_io.ipynb #c020
 class UsageError(Exception):
@@ -154,23 +175,23 @@ class UsageError(Exception):
 
 # %% ../../nbs/runtime/00_io.ipynb #c022
 class RunError(UsageError):
-    """A run that had to end for a reason outside of the program; exit status 1."""
+    """A run that ended although its input was right, such as for a full disk; exit status 1."""
 
     status = 1
 
 # %% ../../nbs/runtime/00_io.ipynb #c024
 class RunStopped(UsageError):
-    """A run that stopped on a signal and has saved; the same command continues; status 75."""
+    """A run that saved and stopped on a signal; the same command continues it; exit status 75."""
 
     status = 75
 
 # %% ../../nbs/runtime/00_io.ipynb #c025
 class Launch(NamedTuple):
-    """The variables that torchrun sets; without `WORLD_SIZE` above 1 those of a single process.
+    """The variables that torchrun sets; the defaults are those of a single process.
 
     Attributes:
         rank: number of this process, from 0
-        local_rank: its number on this machine
+        local_rank: number of this process on this machine, from 0
         world_size: number of processes
         local_world_size: number of processes on this machine
     """
@@ -182,13 +203,13 @@ class Launch(NamedTuple):
 
 
 def launch() -> Launch:
-    """Read torchrun's variables; raise `UsageError` when one is not a number or out of range."""
+    """Read torchrun's variables; raise `UsageError` if one is not a number or out of range."""
     try:
         found = {name: int(os.environ.get(name.upper()) or 0) for name in Launch._fields}
     except ValueError as e:
         names = ", ".join(name.upper() for name in Launch._fields)
         raise UsageError(f"{names} in the environment: {e}; unset them or use torchrun") from None
-    if found["world_size"] <= 1:  # what is left of the others says nothing
+    if found["world_size"] <= 1:  # other variables may be left over from another program
         return Launch()
     found["local_world_size"] = max(found["local_world_size"], found["local_rank"] + 1)
     for name in ("rank", "local_rank"):
@@ -201,7 +222,7 @@ def launch() -> Launch:
 
 # %% ../../nbs/runtime/00_io.ipynb #c025c
 _WORKERS = "use fewer --workers (0: none)"
-# pattern in the text of an error -> what it means and what to do
+# pattern in the text of an error -> cause and advice
 MACHINE_ERRORS = {
     r"AF_UNIX path too long": "TMPDIR is too long for the sockets of worker processes; "
     "set a shorter one (export TMPDIR=/tmp), or --workers 0",
@@ -215,16 +236,16 @@ MACHINE_ERRORS = {
     r"DataLoader worker.*(killed|exited)": "a worker process has ended, perhaps because memory "
     f"ran out; start the same command again, or {_WORKERS}",
     r"DataLoader timed out": "the worker processes hang; check the disk that holds the data",
-    r"(Cannot|can't) allocate memory": "this machine has too little memory free; "
+    r"(Cannot|can't) allocate memory": "this machine has too little free memory; "
     f"lower --batch-size, or {_WORKERS}",
-    r"CUDA.*out of memory|_ALLOC_FAILED": "the GPU has too little memory free; "
+    r"CUDA.*out of memory|_ALLOC_FAILED": "the GPU has too little free memory; "
     "lower --batch-size, or stop other programs that use it",
     r"File name too long": "give a shorter name",
 }
 
 # %% ../../nbs/runtime/00_io.ipynb #c025d
 def machine_error(error: BaseException) -> UsageError | None:
-    """The error of one line for a limit of the machine; None for any other error.
+    """A `UsageError` for a limit of the machine; None for any other error.
 
     Args:
         error: an `OSError`, `RuntimeError` or `MemoryError`
@@ -283,8 +304,8 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     """Run a command; a `UsageError` ends it with one line on stderr and the error's exit status.
 
     Args:
-        main: the command: takes the list of arguments, raises `UsageError` for wrong input
-        argv: arguments without the program's name; None: those of the process
+        main: the command, a function of the list of arguments
+        argv: arguments without the program's name. Default: those of the process
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -306,7 +327,7 @@ _noted: set[str] = set()  # lines that were printed
 
 
 def note_once(text: str) -> None:
-    """Print a line on stderr, the first time only, and on one rank per machine only.
+    """Print a line on stderr the first time it is given, on one rank per machine.
 
     Args:
         text: the line
@@ -316,29 +337,29 @@ def note_once(text: str) -> None:
         print(f"densecl: {text}", file=sys.stderr)
     _noted.add(text)
 
-
+# %% ../../nbs/runtime/00_io.ipynb #ededd008
 def refuse_shadowed_word(word: Path | str, option: str) -> None:
-    """Raise `UsageError` if a word with a meaning of its own is also the name of a file here.
+    """Raise `UsageError` if a word with a special meaning is also a file in the current folder.
 
     Args:
         word: such as "random" or "supervised"
-        option: the option that named it, for the message
+        option: name of the option, for the message
     """
     if not isinstance(word, Path) and os.path.lexists(word):
         raise UsageError(
-            f"{option} {word}: a name with two meanings; give ./{word} for the file that is here, "
-            "or rename the file"
+            f"{option} {word}: a name with two meanings; give ./{word} for the file in the current "
+            "folder, or rename the file"
         )
 
 # %% ../../nbs/runtime/00_io.ipynb #c025w
 def chapter_file(name: str) -> Path:
-    """Path of a file that chapters read: a part of the wheel, or of the repository.
+    """Path of a file that chapters read, in the repository or the wheel.
 
     Args:
         name: path in the repository, such as "benchmarks/results.jsonl"
 
     Raises:
-        UsageError: the file is in neither of them, nor in the current folder
+        UsageError: the file is not in the repository, the wheel or the current folder
     """
     import densecl
 
@@ -352,13 +373,13 @@ def chapter_file(name: str) -> Path:
 
 # %% ../../nbs/runtime/00_io.ipynb #c031
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A guess at what was meant, as the end of a sentence; empty when nothing is near.
+    """The most similar known word as the end of a sentence; empty if none is similar.
 
     Args:
-        word: what was typed
-        known: what exists
+        word: the unknown word
+        known: the known words
     """
-    bare = {k.strip("-"): k for k in known}  # the dashes would make all options alike
+    bare = {k.strip("-"): k for k in known}  # dashes would make all options similar
     found = difflib.get_close_matches(word.strip("-"), bare, n=1, cutoff=0.6)
     return f"; did you mean {bare[found[0]]}?" if found else ""
 
@@ -394,12 +415,12 @@ def _choice_expected(match: re.Match) -> str:
 
 # %% ../../nbs/runtime/00_io.ipynb #c033
 class Parser(ArgumentParser):
-    """simple-parsing's argument parser whose errors are `UsageError`s of one line.
+    """The argument parser of simple-parsing, with `UsageError`s of one line.
 
     Args:
         prog: name of the command in the help text, such as `densecl train`
         renamed: "--old" -> "--new", or "--option old" -> "new", for the error message
-        **kwargs: of `argparse.ArgumentParser`
+        **kwargs: arguments of `argparse.ArgumentParser`
     """
 
     def __init__(self, prog: str, renamed: dict[str, str] | None = None, **kwargs):
@@ -409,11 +430,15 @@ class Parser(ArgumentParser):
         self.renamed = renamed or {}
 
     def format_help(self) -> str:
-        """Help text; the options of a config are listed below `config`."""
+        """The help text; the options of a config are listed below `config`."""
         return re.sub(r"(?m)^\w+ \['config'\]:$", "config:", super().format_help())
 
     def error(self, message: str) -> NoReturn:
-        """Raise `message` as a `UsageError`."""
+        """Raise a `UsageError`.
+
+        Args:
+            message: message of argparse
+        """
         message = message.removeprefix("argument ")
         found = re.match(r"(--[\w-]+): invalid choice: '(.*)' \(choose", message)
         new = self.renamed.get(f"{found[1]} {found[2]}") if found else None
@@ -424,10 +449,10 @@ class Parser(ArgumentParser):
         raise UsageError(f"{message} (--help lists the options)")
 
     def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> Any:
-        """Parse like argparse; an unknown option is answered with the nearest known one.
+        """Parse as argparse does; the error for an unknown option names the most similar one.
 
         Args:
-            args: list of arguments; None: those of the process
+            args: list of arguments. Default: those of the process
             namespace: as in argparse
         """
         found, rest = self.parse_known_args(args, namespace)
@@ -439,11 +464,15 @@ class Parser(ArgumentParser):
         if word.startswith("-"):
             known = [name for a in self._actions for name in a.option_strings]
             self.error(f"{word}: no such option{did_you_mean(word, known)}")
-        self.error(f"{word}: one word too many")
+        self.error(f"{word}: unexpected argument")
 
 # %% ../../nbs/runtime/00_io.ipynb #c036
 def switch(default: bool) -> bool:
-    """A boolean field of a config: the options `--name` and `--no-name`."""
+    """A boolean field of a config, with the options `--name` and `--no-name`.
+
+    Args:
+        default: the default value
+    """
     return flag(default, negative_prefix="--no-") if flag else default
 
 
@@ -451,22 +480,26 @@ def add_config(parser: Parser, default: Any) -> None:
     """Add one option for each field of a dataclass.
 
     Args:
-        parser: the options are added to it; the parsed instance is `args.config`
-        default: an instance of the dataclass, with the default values
+        parser: parser to which the options are added; the parsed instance is `args.config`
+        default: an instance of the dataclass with the default values
     """
     parser.add_arguments(type(default), dest="config", default=default)
 
 
 def option_name(field: str) -> str:
-    """The option of a config field: `batch_size` -> `--batch-size`."""
+    """The option of a config field: `batch_size` -> `--batch-size`.
+
+    Args:
+        field: name of the field
+    """
     return "--" + field.replace("_", "-")
 
 # %% ../../nbs/runtime/00_io.ipynb #c039
 @contextmanager
 def lock_folder(folder: Path | str) -> Iterator[None]:
-    """Lock `folder` for this process; raise `UsageError` when another process holds the lock.
+    """Lock `folder` for this process; raise `UsageError` if another process has locked it.
 
-    Where the file system has no locks, a warning takes the place of the lock.
+    If the file system does not support locks, a warning is printed instead.
 
     Args:
         folder: an existing folder that only one process may write to
@@ -474,7 +507,7 @@ def lock_folder(folder: Path | str) -> Iterator[None]:
     try:
         handle = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as e:
-        raise UsageError(f"{folder}: {e.strerror}; give a folder that can be written") from e
+        raise UsageError(f"{folder}: {e.strerror}; give a folder that is writable") from e
     try:
         _lock(handle, folder)
         yield
@@ -483,7 +516,7 @@ def lock_folder(folder: Path | str) -> Iterator[None]:
 
 
 def _lock(handle: int, folder: Path | str) -> None:
-    reason = "Python has no fcntl here"
+    reason = "Python has no module fcntl"
     try:
         if fcntl:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -495,15 +528,15 @@ def _lock(handle: int, folder: Path | str) -> None:
         if e.errno not in UNSUPPORTED:
             raise
         reason = e.strerror
-    warn_once(f"{folder}: no locks here ({reason}); start only one run in this folder", "lock")
+    warn_once(f"{folder}: cannot be locked ({reason}); start only one run in this folder", "lock")
 
 # %% ../../nbs/runtime/00_io.ipynb #c046
 def check_output_folder(path: str | Path, option: str = "--out") -> None:
-    """Raise `UsageError` when the path or one of its parents is a file or cannot be a name.
+    """Raise `UsageError` if the path or one of its parents is a file or not a valid name.
 
     Args:
-        path: the output folder; need not exist
-        option: the option that named it, for the message
+        path: the output folder, which may not exist yet
+        option: name of the option, for the message
     """
     for folder in (Path(path), *Path(path).parents):
         try:
@@ -516,23 +549,3 @@ def check_output_folder(path: str | Path, option: str = "--out") -> None:
             raise UsageError(
                 f"{option} {path}: {name} is a file; give a folder, new or of an earlier run"
             )
-
-# %% ../../nbs/runtime/00_io.ipynb #c049
-def _replace_nonfinite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _replace_nonfinite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_replace_nonfinite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def strict_json(value: Any, indent: int | None = None) -> str:
-    """A value as JSON, with null for numbers that are not finite.
-
-    Args:
-        value: dicts, lists, tuples, strings, numbers and None
-        indent: spaces per level; None: one line
-    """
-    return json.dumps(_replace_nonfinite(value), indent=indent, allow_nan=False)

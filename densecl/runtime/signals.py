@@ -24,19 +24,19 @@ SIGNALS = tuple(
 
 
 class StopSignal:
-    """A context manager that records signals; a second SIGINT ends the process at once.
+    """A context manager that records signals; a second SIGINT ends the process immediately.
 
-    Signals that were ignored before stay ignored. Outside of the main thread Python cannot set
+    Signals that were ignored before stay ignored. Outside of the main thread, Python cannot set
     handlers, and nothing is recorded.
 
     Attributes:
-        received: name of the first signal, such as "SIGTERM"; empty when there was none
+        received: name of the first signal, such as "SIGTERM"; empty if there was none
     """
 
     def __init__(self) -> None:
         self.received = ""
         self._previous = {}  # signal -> the handler to restore
-        self._answer = None  # to the question of the last step
+        self._result = None  # function that waits for the last exchange between the ranks
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -46,8 +46,8 @@ class StopSignal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._answer and error[0] is None:
-            self._answer()  # nothing is left under way in the process group
+        if self._result and error[0] is None:
+            self._result()  # no collective may be pending when the process group is left
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -57,19 +57,19 @@ class StopSignal:
         hint = ""
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-            hint = "; Ctrl-C again ends at once"
+            hint = "; a second Ctrl-C ends immediately"
         if first and launch().local_rank == 0:
             os.write(2, f"\n{self.received}: finishing the step, then saving{hint}\n".encode())
 
     def any_rank(self) -> bool:
-        """Whether any rank has received a signal: the same answer on all ranks.
+        """Whether any rank has received a signal; the same result on all ranks.
 
-        A collective; all ranks must call it after the same step. With several ranks the answer is
+        A collective; all ranks must call it after the same step. With several ranks, the result is
         that of the previous call, so that no rank waits for the others.
         """
         if distributed.world_size() == 1:
             return bool(self.received)
-        previous, self._answer = self._answer, distributed.start_any_rank(self.received)
+        previous, self._result = self._result, distributed.start_any_rank(self.received)
         return previous is not None and previous()
 
 # %% ../../nbs/runtime/02_signals.ipynb #c009
@@ -77,20 +77,20 @@ def raise_stopped(received: str, step: int, folder: Path | str) -> NoReturn:
     """Raise `RunStopped` with the signal, the step and the folder in its message.
 
     Args:
-        received: name of the signal; empty: another rank has received it
+        received: name of the signal; empty if another rank received it
         step: steps done
-        folder: the run folder that holds the checkpoint
+        folder: run folder with the checkpoint
     """
     raise RunStopped(
-        f"{received or 'another process was asked to stop'}: stopped after step {step}, "
+        f"{received or 'another process received a signal'}: stopped after step {step}, "
         f"saved in {folder}; the same command continues from there"
     )
 
 # %% ../../nbs/runtime/02_signals.ipynb #c016
 def defer_signals(seconds: int = 60) -> None:
-    """Let this worker process end `seconds` after a signal instead of at once.
+    """Make this worker process end `seconds` after a signal instead of immediately.
 
-    The training process decides when to stop, and ends its workers itself.
+    The training process ends its workers itself.
 
     Args:
         seconds: time until the worker ends

@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 # %% ../../nbs/runtime/05_workers.ipynb #c005
-PREFETCH = 4  # batches per worker that wait to be used
+PREFETCH = 4  # loaded batches per worker that are not used yet
 
 
 def check_shared_memory(workers: int, batch_bytes: float, folder: str = "/dev/shm") -> None:
-    """Raise `UsageError` when the batches that workers hold do not fit into shared memory.
+    """Raise `UsageError` if the batches of the workers do not fit into shared memory.
 
     Args:
         workers: number of worker processes of this process
         batch_bytes: size of a batch of this process
-        folder: where workers store their batches, on Linux
+        folder: folder of the shared memory on Linux
     """
     if not workers or not Path(folder).is_dir():
         return
@@ -45,22 +45,22 @@ def check_shared_memory(workers: int, batch_bytes: float, folder: str = "/dev/sh
     free = shutil.disk_usage(folder).free
     if free < workers * per_worker:
         raise UsageError(
-            f"--workers {workers}: their batches need up to "
+            f"--workers {workers}: the batches need up to "
             f"{workers * per_worker / 1e6:.0f} MB of {folder}, which has "
-            f"{free / 1e6:.0f} free; use --workers {int(free // per_worker)}, or give a container "
-            "more (docker run --shm-size=8g)"
+            f"{free / 1e6:.0f} MB free; use --workers {int(free // per_worker)}, or give a "
+            "container more (docker run --shm-size=8g)"
         )
 
 # %% ../../nbs/runtime/05_workers.ipynb #c008
-FILES_PER_WORKER = 8  # pipes, a semaphore, and the tensors of a batch under way
+FILES_PER_WORKER = 8  # pipes, a semaphore, and the tensors of a batch that is being sent
 
 
 def check_worker_limits(workers: int, sockets: bool = True) -> None:
-    """Raise `UsageError` when worker processes could not be started, or not send their batches.
+    """Raise `UsageError` if worker processes could not be started or could not send batches.
 
     Args:
         workers: number of worker processes of this process
-        sockets: whether they send tensors
+        sockets: whether the workers send tensors
     """
     if not workers:
         return
@@ -78,7 +78,7 @@ def check_worker_limits(workers: int, sockets: bool = True) -> None:
 
 
 def _warn_about_cores(workers: int) -> None:
-    """Warn when the workers of several processes have less than a core each."""
+    """Warn if the workers of several processes have less than one core each."""
     ranks, cores = launch().local_world_size, os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         cores = len(os.sched_getaffinity(0))
@@ -90,18 +90,18 @@ def _warn_about_cores(workers: int) -> None:
 
 # %% ../../nbs/runtime/05_workers.ipynb #c011
 def _send_error(queue: multiprocessing.queues.Queue, error: Exception, item: Any) -> None:
-    """Called in the thread of a worker's queue instead of printing the error."""
+    """Send the error of a queue's thread to the loader instead of printing it."""
     from torch._utils import ExceptionWrapper
 
     if isinstance(item, tuple) and len(item) == 2 and not isinstance(item[1], ExceptionWrapper):
         queue.put((item[0], ExceptionWrapper(where="in a DataLoader worker process")))
     else:
         traceback.print_exc()
-        os._exit(1)  # the loader notices the end of a worker
+        os._exit(1)  # the loader raises an error if a worker ends
 
 
 def init_worker(worker_id: int) -> None:
-    """Limit a worker to one thread, leave signals to the trainer, and let no batch be lost.
+    """Limit a worker to one thread, defer its signals, and report batches that cannot be sent.
 
     Args:
         worker_id: number of the worker
@@ -119,10 +119,10 @@ LOOK_AFTER = 60  # seconds without a batch
 
 
 def worker_options(workers: int) -> dict[str, Any]:
-    """Options of a `DataLoader` that belong to its worker processes.
+    """The options of a `DataLoader` for its worker processes.
 
     Args:
-        workers: number of worker processes; 0: the samples are loaded in this one
+        workers: number of worker processes; with 0, samples are loaded in this process
     """
     import torch
 
@@ -137,21 +137,21 @@ def worker_options(workers: int) -> dict[str, Any]:
 
 # %% ../../nbs/runtime/05_workers.ipynb #c015
 def release_traceback(error: BaseException) -> None:
-    """Release the traceback of an error and the objects that its frames hold.
+    """Release the traceback of an error and the objects in its frames.
 
     Args:
-        error: caught, about to be reported in another way
+        error: an error that was caught
     """
     traceback.clear_frames(error.__traceback__)
     error.__traceback__ = None
 
 
-WORKERS: set[multiprocessing.process.BaseProcess] = set()  # that may have to be killed at the end
+WORKERS: set[multiprocessing.process.BaseProcess] = set()  # workers to kill at exit
 
 
 @contextmanager
 def started_workers() -> Iterator[None]:
-    """Note the processes that are started inside; after an error they are killed at once."""
+    """Context manager that registers the processes started inside; an error kills them."""
     before = set(multiprocessing.active_children())
     try:
         yield
@@ -166,21 +166,21 @@ def started_workers() -> Iterator[None]:
 
 
 def kill_workers() -> None:
-    """Kill the workers that are left when this process ends; their batches are not needed."""
+    """Kill the remaining workers when this process ends; their batches are not needed."""
     left = WORKERS & set(multiprocessing.active_children())
     if left and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report an ended worker
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
     for worker in left:
         worker.kill()
     WORKERS.clear()
 
 # %% ../../nbs/runtime/05_workers.ipynb #c016
 def iter_batches(loader: "DataLoader", limit: float = 600) -> Iterator[Any]:
-    """Iterate over a loader; an error of this package or the machine is a `RunError` of one line.
+    """Iterate over a loader; an error of this package or the machine becomes a `RunError`.
 
     Args:
         loader: a loader, with or without worker processes
-        limit: seconds after which a batch that does not come ends the run
+        limit: maximal time to wait for a batch, in seconds
     """
     check_worker_limits(loader.num_workers)
     batches = None
@@ -206,11 +206,11 @@ def _next(batches: Iterator[Any], limit: float) -> Any:
     while True:
         try:
             return next(batches)
-        except RuntimeError as e:  # torch has also looked whether all workers are alive
+        except RuntimeError as e:  # torch has also checked that all workers are alive
             waited = time.monotonic() - start
             if "DataLoader timed out" not in str(e) or waited + 1 >= limit:
                 raise
-            warn_once(f"no batch for {waited:.0f} seconds, but the workers run; waiting", "slow")
+            warn_once(f"no batch for {waited:.0f} seconds; the workers run, waiting", "slow")
 
 
 def _one_line(error: BaseException) -> UsageError | None:
