@@ -248,9 +248,10 @@ class DenseCL(MoCo):
           functions that use the geometry, as `affine` of the two outputs
         - Output: a dict of `loss` (0-dim, weighted, with gradient), `loss_global` and `loss_dense`
           (unweighted, detached), `match` (N x hw int64, row-major index into the key grid of each
-          query position's positive, -1: none; of the largest weight), `grid` (h and w of the key
-          grid), `f` (features of the query view, N x C x h x w), `r` (dense vectors of the query
-          view, N x dim x h x w), `q` and `k` (embeddings of the two views, N x dim)
+          query position's positive, -1: none; of the largest weight; of `best_match` if the crops
+          give the positives), `grid` (h and w of the key grid), `f` (features of the query view,
+          N x C x h x w), `r` (dense vectors of the query view, N x dim x h x w), `q` and `k`
+          (embeddings of the two views, N x dim)
 
     Example::
 
@@ -323,12 +324,18 @@ class DenseCL(MoCo):
         loss_global = self.contrastive_loss(q.embedding, k.embedding, self.queue)
         loss_dense = self.dense_loss(q, k, positives)
         self.enqueue(k)
-        return self.make_output(q, k, positive_index(positives), loss_global, loss_dense)
+        return self.make_output(q, k, self.report_match(q, k, positives), loss_global, loss_dense)
 
     def enqueue(self, k: EncoderOutput) -> None:
         """Put the keys into the two queues."""
         self.queue.enqueue(k.embedding)  # one vector per image ...
         self.queue2.enqueue(k.dense_pooled)  # ... in both queues
+
+    def report_match(self, q: EncoderOutput, k: EncoderOutput, positives: Tensor) -> Tensor:
+        """Matches to measure: the positives, or `best_match` where the crops gave the positives."""
+        if getattr(self.positives, "known", False):
+            return best_match(q, k)  # N x hw
+        return positive_index(positives)
 
     def make_output(
         self,

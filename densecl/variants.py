@@ -85,6 +85,9 @@ def match_geometry(q: EncoderOutput, k: EncoderOutput) -> Tensor:
     return queue_copy(ground_truth_match(q.affine, k.affine, h, w), k.features.device)
 
 
+match_geometry.known = True  # not found by the features: matches are measured apart
+
+
 def match_verified(q: EncoderOutput, k: EncoderOutput) -> Tensor:
     """`best_match`, where it is within one cell of the ground truth: N x hw, -1 elsewhere."""
     match, truth = best_match(q, k), match_geometry(q, k)  # N x hw

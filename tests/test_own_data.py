@@ -180,7 +180,8 @@ def test_training_with_a_v2_transform_measures_matches_and_warms_up(tmp_path, ma
     views = TwoCropsTransform(source, v2.Compose(TRANSFORMS["crop, flip"] + TO_FLOAT), TINY.seed)
     train(replace(TINY, out=str(tmp_path / "out"), geometry_warmup=6), views=views)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["match_acc"] for line in lines] == [1.0] * 6
+    accuracy = [json.loads(line)["match_acc"] for line in lines]
+    assert len(accuracy) == 6 and all(0 <= a < 1 for a in accuracy)  # of the features
 
 
 class OwnImages:

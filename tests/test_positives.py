@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from densecl.config import Config, Match
+from densecl.correspondence import positive_index
 from densecl.trainer import build_model
 from tiny import TINY
 
@@ -34,8 +35,10 @@ def batches():
 
 
 def measure(config: Config) -> list[dict]:
-    """Losses, gradient and matches of two steps."""
-    model, rows = build_model(config), []
+    """Losses, gradient and positives of two steps."""
+    model, rows, positives = build_model(config), [], []
+    assign = model.assign_positives
+    model.assign_positives = lambda q, k: positives.append(assign(q, k)) or positives[-1]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step, batch in enumerate(batches()):
         torch.manual_seed(step)
@@ -47,7 +50,7 @@ def measure(config: Config) -> list[dict]:
         optimizer.step()
         names = ("loss_global", "loss_dense")
         row = {name: out[name].item() for name in names} | {"gradient": norm.item()}
-        rows.append(row | {"matches": out["match"].flatten().tolist()})
+        rows.append(row | {"matches": positive_index(positives[-1]).flatten().tolist()})
     return rows
 
 
