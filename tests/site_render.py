@@ -5,8 +5,10 @@ and cleans each page several times: more than ten times the work.
 """
 
 import ast
+import base64
 import functools
 import html
+import io
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,6 +16,7 @@ from urllib.parse import unquote
 
 import mistune
 from latex2mathml.converter import convert
+from PIL import Image
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer, get_lexer_by_name
@@ -90,7 +93,12 @@ class Markdown(mistune.HTMLRenderer):
         anchor = next(a for a in [base, *(f"{base}-{i}" for i in range(1, 99))] if a not in taken)
         self.sections.append(Section(plain(text), level, anchor))
         mark = f'<a class="anchor" href="#{anchor}" aria-label="link to this section">#</a>'
-        return f'<h{level} id="{anchor}">{text} {mark}</h{level}>\n'
+        return f'<h{level} id="{anchor}">{mark}{text}</h{level}>\n'
+
+    def text(self, text):
+        # a number and its unit or error are not broken over two lines
+        text = re.sub(r"(\d) ± (\d)", "\\1\u00a0±\u00a0\\2", super().text(text))
+        return re.sub(r"(\d) %", "\\1\u00a0%", text)
 
     def block_code(self, code, info=None):
         return code_html(code, info.strip().split()[0]) if info else code_html(code, "text")
@@ -124,8 +132,6 @@ class Chapter:
         self.html = "".join(
             self.cell(cell, caption(below)) for cell, below in pairwise([*cells, None])
         )
-        # numbers are not broken over two lines
-        self.html = re.sub(r"(\d) ± (\d)", "\\1\u00a0±\u00a0\\2", self.html)
         self.sections = self.renderer.sections[1:]
         self.title = next(s.heading for s in self.sections if s.level == 1)
 
@@ -172,9 +178,7 @@ class Chapter:
         data = output.get("data", {"text/plain": text})
         for kind in ("image/png", "image/jpeg"):
             if kind in data:
-                image = data[kind].replace("\n", "")
-                image = f'<img alt="{html.escape(alt)}" src="data:{kind};base64,{image}">'
-                return f'<div class="output figure">{image}</div>\n'
+                return f'<div class="output figure">{figure(kind, data[kind], alt)}</div>\n'
         if "text/html" in data:
             return f'<div class="output">{data["text/html"]}</div>\n'
         if "text/markdown" in data:
@@ -185,6 +189,14 @@ class Chapter:
         )
         self.renderer.sections[-1].words |= words(shown)
         return f'<div class="output"><pre>{html.escape(shown)}</pre></div>\n' if shown else ""
+
+
+def figure(kind, data, alt):
+    """An image of a notebook, with its size, which keeps the page still while it loads."""
+    width, height = Image.open(io.BytesIO(base64.b64decode(data))).size
+    size = f'width="{width}" height="{height}" style="--width: {width}px"'
+    data = data.replace("\n", "")
+    return f'<img {size} alt="{html.escape(alt)}" src="data:{kind};base64,{data}">'
 
 
 def caption(cell):

@@ -1,9 +1,14 @@
 """How a notebook becomes a web page: code, outputs, formulas, links, sections."""
 
+import base64
+import io
+import re
+
 import pytest
 import site_pages
 import site_render
 from nbformat import v4
+from PIL import Image
 from site_render import Chapter
 
 
@@ -37,9 +42,14 @@ def test_outputs_of_one_stream_are_one_block_and_a_carriage_return_writes_over_t
 
 
 def test_a_figure_has_the_caption_below_as_its_alternative_text():
-    figure = code("plot()", shown(image_png="QUJD\n", text_plain="<Figure>"))
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(buffer, "png")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    figure = code("plot()", shown(image_png=data + "\n", text_plain="<Figure>"))
     page = chapter(figure, v4.new_markdown_cell('*A "curve" of `x`.*\n\nMore text.'))
-    assert '<img alt="A &quot;curve&quot; of  x ." src="data:image/png;base64,QUJD">' in page.html
+    (image,) = re.findall("<img[^>]*>", page.html)
+    assert 'alt="A &quot;curve&quot; of  x ."' in image and 'width="40" height="30"' in image
+    assert f'src="data:image/png;base64,{data}"' in image
     assert "&lt;Figure&gt;" not in page.html
 
 
@@ -58,6 +68,13 @@ def test_formulas_are_drawn_in_text_and_tables_and_not_in_code():
     page = chapter(v4.new_markdown_cell(text + table))
     assert page.html.count("<math") == 4 and page.html.count('display="block"') == 1
     assert "$b$" in page.html and "$HOME" in page.html and "$5" in page.html
+
+
+def test_a_number_stays_with_its_unit_in_text_but_not_in_code():
+    page = chapter(v4.new_markdown_cell("4.2 % of 3 ± 1, `7 % 3`"))
+    assert (
+        "4.2\u00a0% of 3\u00a0±" in page.html and "±\u00a01" in page.html and "7 % 3" in page.html
+    )
 
 
 def test_links_to_notebooks_become_links_to_pages():
