@@ -19,6 +19,7 @@ from densecl.config import (
     RENAMED_VALUES,
     Config,
     config_hints,
+    drop_dense_options,
     grid_size,
     learning_rate,
     presets,
@@ -97,7 +98,8 @@ def parse_args(argv: list[str]) -> Namespace:
         guess = did_you_mean(args.preset, known)
         raise UsageError(f"no preset {args.preset}; there are {', '.join(known)}{guess}")
     args = parser(known[args.preset]).parse_args(argv)
-    args.config = replace(args.config, out=args.config.out or f"runs/{args.preset}")
+    config = drop_dense_options(args.config, known[args.preset])
+    args.config = replace(config, out=config.out or f"runs/{args.preset}")
     return args
 
 # %% ../nbs/10_train.ipynb #c017

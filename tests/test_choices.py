@@ -6,13 +6,13 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from densecl.config import Config, presets
+from densecl.config import presets, validate_config
 from densecl.correspondence import best_match, ground_truth_match
 from densecl.data.dataset import TileSource
 from densecl.encoder import Encoder, build_backbone
@@ -21,6 +21,7 @@ from densecl.evaluate.features import load_network
 from densecl.model import DenseCL
 from densecl.resume import check_resumable
 from densecl.runtime.io import UsageError
+from densecl.train import parse_args
 from densecl.trainer import build_model
 from densecl.variants import DenseCLVariant, match_geometry
 
@@ -108,12 +109,23 @@ def test_the_defaults_are_the_papers_model():
 
 
 def test_a_checkpoint_without_the_options_can_be_resumed():
-    saved = asdict(presets["demo"])
+    config = replace(presets["demo"], geometry_warmup=0)
+    saved = asdict(config)
     for name in ("match", "geometry_warmup", "negatives", "padding", "bn"):
         del saved[name]
-    check_resumable(saved, presets["demo"])
+    check_resumable(saved, config)
     with pytest.raises(UsageError, match="match backbone \\(now geometry\\)"):
-        check_resumable(saved, Config(**asdict(presets["demo"]) | {"match": "geometry"}))
+        check_resumable(saved, replace(config, match="geometry"))
+
+
+def test_moco_drops_the_presets_options_of_the_dense_loss_and_refuses_the_users():
+    assert parse_args(["demo"]).config.geometry_warmup > 0
+    config = parse_args(["demo", "--method", "mocov2"]).config
+    assert config.geometry_warmup == 0
+    validate_config(config)
+    given = parse_args(["demo", "--method", "mocov2", "--geometry-warmup", "100"]).config
+    with pytest.raises(UsageError, match="--geometry-warmup 100: MoCo-v2 has no dense loss"):
+        validate_config(given)
 
 
 @functools.cache
