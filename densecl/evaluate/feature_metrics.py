@@ -104,20 +104,22 @@ def _cells_and_positions(grid: Tensor) -> tuple[Tensor, Tensor]:
     return x, cell_centers(h, w).double().repeat(n, 1)
 
 
-def position_r2(train: Tensor, test: Tensor, ridge: float = 1e-2) -> float:
+def position_r2(train: Tensor, test: Tensor, ridge: float = 1e-3) -> float:
     """R2 of a linear read-out of a cell's position from its vector, on images not fitted on.
 
     Args:
         train: N x C x h x w, features of the images to fit on
         test: M x C x h x w, features of other images
-        ridge: penalty of the squared weights, for features of standard deviation 1
+        ridge: penalty of the squared weights, in units of the mean variance of the channels
 
     Returns:
         1: the position can be read exactly, 0: not at all; negative when the fit does not hold for
         the other images; NaN for a grid of one cell
     """
     x, p = _cells_and_positions(train)
-    mean, std, center = x.mean(0), x.std(0).clamp(min=1e-6), p.mean(0)
+    mean, center = x.mean(0), p.mean(0)
+    # one scale for all channels: a channel that is hardly ever above 0 is not amplified
+    std = x.var(0).mean().sqrt().clamp(min=1e-6)
     x = (x - mean) / std
     penalty = ridge * torch.eye(x.shape[1], dtype=x.dtype)
     weight = torch.linalg.solve(x.T @ x / len(x) + penalty, x.T @ (p - center) / len(x))  # C x 2
