@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['Match', 'COCO', 'IMAGENET', 'DEMO', 'presets', 'BACKBONES', 'STAGE_STRIDES', 'PROBE_NAMES', 'LABELED_PROBES',
            'DENSE_ONLY', 'POSITIVE_FIELDS', 'FRACTION_FIELDS', 'LARGEST_VALUES', 'TYPE_NAMES', 'RENAMED_FIELDS',
-           'RENAMED_VALUES', 'Config', 'learning_rate', 'scaled_lr', 'backbone_stride', 'grid_size',
-           'drop_dense_options', 'validate_field', 'check_paths', 'validate_config', 'fitting_queue_len',
-           'config_hints', 'upgrade_config']
+           'RENAMED_VALUES', 'Config', 'learning_rate', 'scaled_lr', 'backbone_stride', 'grid_size', 'validate_field',
+           'check_paths', 'validate_config', 'fitting_queue_len', 'config_hints', 'upgrade_config']
 
 # %% ../nbs/08_config.ipynb #c002
 import math
@@ -310,20 +309,6 @@ FRACTION_FIELDS = ("momentum", "sgd_momentum", "loss_lambda", "max_corrupt_fract
 )
 LARGEST_VALUES = {"seed": 2**32 - 1, "hue": 0.5, "solarize_threshold": 255}
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
-
-
-def drop_dense_options(config: Config, preset: Config) -> Config:
-    """The config; for MoCo-v2 without the options of the dense loss that the preset has.
-
-    Args:
-        config: a preset with the user's options
-        preset: the preset
-    """
-    if config.method != "mocov2":
-        return config
-    unchanged = [f.name for f in fields(config) if f.name in DENSE_ONLY]
-    unchanged = [name for name in unchanged if getattr(config, name) == getattr(preset, name)]
-    return replace(config, **{name: getattr(Config, name) for name in unchanged})
 
 
 def validate_field(field: Field, value: Any) -> str:
