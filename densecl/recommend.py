@@ -22,7 +22,7 @@ class Device(NamedTuple):
 
     Attributes:
         kind: "cpu" or "cuda"
-        memory: of the smallest GPU, in GB (1e9 bytes); 0: not known, and no limit
+        memory: memory of the smallest GPU in GB (1e9 bytes); 0 if unknown, which is no limit
     """
 
     kind: str = "cpu"
@@ -39,7 +39,7 @@ def find_device(device: str = "auto") -> Device:
         return Device()
     try:
         import torch
-    except (ImportError, OSError):  # the training will say what is wrong
+    except (ImportError, OSError):  # the training reports this error
         return Device()
     if not torch.cuda.is_available():
         return Device("cpu" if device == "auto" else device)
@@ -48,7 +48,7 @@ def find_device(device: str = "auto") -> Device:
     return Device("cuda", min(sizes) / 1e9)
 
 # %% ../nbs/08e_recommend.ipynb #c008
-# MB per image that the backward pass keeps of a backbone, 224 x 224 pixels in float32
+# MB per image that a backbone stores for the backward pass, 224 x 224 pixels in float32
 ACTIVATIONS = {"resnet18": 22, "resnet34": 32, "resnet50": 86, "resnet101": 127}
 
 # %% ../nbs/08e_recommend.ipynb #c011
@@ -62,7 +62,7 @@ def images_that_fit(backbone: str, device: Device, image_size: int = 224) -> int
 
     Args:
         backbone: name of a ResNet; any other backbone counts as a ResNet-50
-        device: with its memory
+        device: device with its memory
         image_size: side of a view in pixels
     """
     per_image = ACTIVATIONS.get(backbone.partition("-")[0], ACTIVATIONS["resnet50"])
@@ -81,12 +81,12 @@ def micro_batches_that_fit(share: int, fit: int) -> int:
 
 # %% ../nbs/08e_recommend.ipynb #c014
 class Choice(NamedTuple):
-    """A value of a config, and why it is recommended.
+    """A recommended value of a config with its reason.
 
     Attributes:
         field: name of the field in `Config`
-        value: its value
-        reason: in a few words
+        value: recommended value
+        reason: reason, as short text
     """
 
     field: str
@@ -265,11 +265,11 @@ def _stored_config(config: Config) -> dict[str, Any]:
 
 
 def stored_values(config: Config) -> dict[str, Any]:
-    """The recommended fields as they are in the run that would be continued; empty: none.
+    """The values of the recommended fields in the run that would be continued; empty without one.
 
     Args:
-        config: its `out` and `resume` are used; raises `UsageError` when the run's config cannot
-            be read
+        config: its `out` and `resume` are used; raises `UsageError` if the run's config cannot be
+            read
     """
     stored = upgrade_config(_stored_config(config))
     return {name: stored[name] for name in RECOMMENDED_FIELDS if name in stored}

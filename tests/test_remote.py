@@ -162,7 +162,7 @@ def test_a_server_that_fails_now_and_then_changes_nothing(shards):
 def test_the_command_indexes_once_and_refuses_what_is_no_url(shards, capsys):
     data_command.main(["index", f"file://{shards}/{RANGE}"])
     assert "24 images; indices in file://" in capsys.readouterr().out
-    assert "no URL" in message(data_command.main, ["index", str(shards)])
+    assert "not a URL" in message(data_command.main, ["index", str(shards)])
     assert "must name .tar shards" in message(data_command.main, ["index", "http://127.0.0.1/x"])
 
 

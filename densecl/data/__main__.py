@@ -38,9 +38,9 @@ class DatasetPart(NamedTuple):
     """A part of a dataset.
 
     Attributes:
-        path: path below the root of the dataset
-        images: number of images in the complete part; 0: a file or folder of any size
-        purpose: what it is used for
+        path: path relative to the root of the dataset
+        images: number of images in the complete part; 0 for a file or folder of any size
+        purpose: use of the part
     """
 
     path: str
@@ -49,14 +49,14 @@ class DatasetPart(NamedTuple):
 
 
 class DatasetLayout(NamedTuple):
-    """The layout of a well-known dataset.
+    """The layout of a known dataset.
 
     Attributes:
         name: name of the dataset
-        is_root: tells whether a folder is the root of such a dataset
-        parts: its files and folders
-        train_path: path below the root of the images for pre-training
-        preset: preset for pre-training on it
+        is_root: function of a folder: whether it is the root of this dataset
+        parts: files and folders of the dataset
+        train_path: path of the images for pre-training, relative to the root
+        preset: preset for pre-training on the dataset
     """
 
     name: str
@@ -70,7 +70,7 @@ def count_class_folders(path: Path) -> int:
     """Number of folders named like ImageNet's classes, such as n01440764.
 
     Args:
-        path: a folder; need not exist
+        path: a folder, which may not exist
     """
     if not path.is_dir():
         return 0
@@ -133,7 +133,7 @@ LAYOUTS = [
 
 # %% ../../nbs/data/10_main.ipynb #c014
 def is_on_path(path: Path, part: Path) -> bool:
-    """Whether a folder is a part of a dataset, lies in it, or contains it.
+    """Whether a folder is a part of a dataset, is inside of it, or contains it.
 
     Args:
         path: a folder
@@ -143,12 +143,10 @@ def is_on_path(path: Path, part: Path) -> bool:
 
 
 def recognize_layout(path: Path | str) -> tuple[DatasetLayout | None, Path]:
-    """Layout and root of the dataset that a folder is, contains or belongs to.
-
-    Returns (None, the folder) for an unknown dataset.
+    """Layout and root of the dataset of a folder; (None, the folder) for an unknown dataset.
 
     Args:
-        path: a folder
+        path: root of the dataset, a folder in it, or the folder above it
     """
     path = Path(os.path.abspath(path))
     for root in (path, path / "VOCdevkit", path.parent, path.parent.parent):
@@ -162,7 +160,7 @@ def recognize_layout(path: Path | str) -> tuple[DatasetLayout | None, Path]:
 
 # %% ../../nbs/data/10_main.ipynb #c018
 def describe_part(root: Path, part: DatasetPart) -> str:
-    """One line that tells how much of a part is there.
+    """One line about the existence and completeness of a part.
 
     Args:
         root: root of the dataset
@@ -172,7 +170,7 @@ def describe_part(root: Path, part: DatasetPart) -> str:
     if not path.exists():
         state = "missing"
     elif not expected:
-        state = "there"
+        state = "found"
     else:
         count = len(list_images(str(path)))
         if count < expected:
@@ -185,11 +183,11 @@ def describe_part(root: Path, part: DatasetPart) -> str:
 
 
 def describe_layout(layout: DatasetLayout, root: Path) -> list[str]:
-    """The lines about a well-known dataset.
+    """The lines about a known dataset.
 
     Args:
-        layout: its layout
-        root: its root
+        layout: layout of the dataset
+        root: root of the dataset
     """
     lines = [f"{layout.name} in {one_line(root)}"]
     if layout.name == "ImageNet" and (root / "train").is_dir():
@@ -205,9 +203,9 @@ def suggest_command(
     """The command that trains on a dataset.
 
     Args:
-        root: the dataset, as given to `--data-root`
-        patterns: the options --include and --exclude with their values
-        preset: preset for the complete dataset on eight GPUs; empty: `own`
+        root: path of the dataset for `--data-root`
+        patterns: option (--include or --exclude) -> value
+        preset: preset for the complete dataset on eight GPUs. Default: `own`
     """
     program = "torchrun --nproc_per_node=8" if preset else "python"
     words = f"--data-root {shlex.quote(one_line(root))}"
@@ -217,10 +215,10 @@ def suggest_command(
 
 # %% ../../nbs/data/10_main.ipynb #c022
 def hint_lines(source: ImageSource) -> list[str]:
-    """The lines about images that may not be meant for training.
+    """The lines about images that may not be intended for training.
 
     Args:
-        source: the images
+        source: source of the images
     """
     return [f"hint: {hint}" for hint in image_hints(source)]
 
@@ -228,15 +226,14 @@ def hint_lines(source: ImageSource) -> list[str]:
 def describe_dataset(
     root: Path | str, include: str = "", exclude: str = "", device: Device | None = None
 ) -> list[str]:
-    """Lines that tell which dataset this is, what is missing, and how to train on it.
-
-    Raises `UsageError` if it is missing or of no known kind.
+    """The description of a dataset: its kind, missing parts, and the command for training.
 
     Args:
-        root: a folder, a file, or a range of shards
+        root: a folder, a file, or a range of shards; raises `UsageError` if it is missing or of an
+            unknown kind
         include: see `dataset.select_images`
         exclude: see `dataset.select_images`
-        device: device of the training; None: that of this machine
+        device: device of the training. Default: that of this machine
     """
     layout = None
     check_reserved_word(root)
@@ -263,39 +260,41 @@ def describe_dataset(
 
 # %% ../../nbs/data/10_main.ipynb #c029
 def parser() -> Parser:
-    """Parser of the four subcommands."""
+    """The parser of the four subcommands."""
     main = Parser(prog="densecl data", description="Prepare datasets of images.")
     commands = main.add_subparsers(
         dest="what", required=True, metavar="lmdb | verify | check | index"
     )
-    lmdb = commands.add_parser("lmdb", prog="densecl data lmdb", help="write a source to one file")
+    lmdb = commands.add_parser("lmdb", prog="densecl data lmdb", help="convert images to one file")
     _add_lmdb_arguments(lmdb)
     verify = commands.add_parser(
         "verify", prog="densecl data verify", help="check that an .lmdb is complete and unchanged"
     )
     verify.add_argument("dst", help="an .lmdb")
     check = commands.add_parser(
-        "check", prog="densecl data check", help="which dataset, what is missing, how to train"
+        "check", prog="densecl data check", help="describe a dataset: kind, missing parts, command"
     )
     check.add_argument("root", help="a folder or file")
     _add_pattern_arguments(check)
     index = commands.add_parser(
-        "index", prog="densecl data index", help="index tar shards behind a URL, once"
+        "index", prog="densecl data index", help="index tar shards at a URL, once per dataset"
     )
-    index.add_argument("url", help="URL of a .tar, or such as s3://bucket/set-{000000..000127}.tar")
+    index.add_argument(
+        "url", help="URL of a .tar, or a range: s3://bucket/set-{000000..000127}.tar"
+    )
     return main
 
 # %% ../../nbs/data/10_main.ipynb #c030
 def _add_pattern_arguments(parser: Parser) -> None:
-    text = "patterns of names, folders, or keys such as seg.png, with commas"
+    text = "patterns of names, folders, or keys such as seg.png, separated by commas"
     parser.add_argument("--include", default="", help=f"use only these images: {text}")
-    parser.add_argument("--exclude", default="", help=f"leave these images out: {text}")
+    parser.add_argument("--exclude", default="", help=f"leave out these images: {text}")
 
 
 def _add_lmdb_arguments(parser: Parser) -> None:
     parser.add_argument("src", help=EXPECTED_SOURCE.removeprefix("give "))
     parser.add_argument(
-        "dst", help="the .lmdb file to write; an old one is kept until the new one is complete"
+        "dst", help="the .lmdb to write; an existing one is replaced when the new one is complete"
     )
     parser.add_argument(
         "--images", help="folder of the images of a COCO json, if it is not beside `annotations`"
@@ -305,11 +304,9 @@ def _add_lmdb_arguments(parser: Parser) -> None:
         "--short-side",
         type=int,
         default=0,
-        help="resize images with a longer short side to it, in pixels; 0: keep all bytes",
+        help="resize images whose short side is longer than this number of pixels; 0: none",
     )
-    parser.add_argument(
-        "--quality", type=int, help="JPEG quality of the images that are resized, 1 to 100 [90]"
-    )
+    parser.add_argument("--quality", type=int, help="JPEG quality of resized images, 1 to 100 [90]")
     parser.add_argument(
         "--workers",
         type=int,
@@ -319,7 +316,7 @@ def _add_lmdb_arguments(parser: Parser) -> None:
 
 # %% ../../nbs/data/10_main.ipynb #c031
 def check_lmdb_arguments(args: Namespace) -> None:
-    """Raise `UsageError` if an argument of `densecl data lmdb` is wrong.
+    """Raise `UsageError` if an argument of `densecl data lmdb` is invalid.
 
     Args:
         args: the parsed arguments
@@ -327,7 +324,7 @@ def check_lmdb_arguments(args: Namespace) -> None:
     if args.short_side < 0:
         raise UsageError(f"--short-side {args.short_side}: must be above 0, in pixels")
     if args.quality is not None and not args.short_side:
-        raise UsageError("--quality goes with --short-side; without it all bytes stay as they are")
+        raise UsageError("--quality needs --short-side; without it, no image is encoded again")
     if args.quality is not None and not 1 <= args.quality <= 100:
         raise UsageError(f"--quality {args.quality}: must be between 1 and 100")
     if args.workers < 0:
@@ -335,7 +332,7 @@ def check_lmdb_arguments(args: Namespace) -> None:
     if not args.images:
         return
     if not args.src.lower().endswith(".json"):
-        raise UsageError(f"--images goes with a COCO .json, not with {one_line(args.src)}")
+        raise UsageError(f"--images is for a COCO .json, not for {one_line(args.src)}")
     if not os.path.isdir(args.images):
         raise UsageError(f"--images {one_line(args.images)}: no such folder")
     if not os.path.exists(args.src):
@@ -343,10 +340,10 @@ def check_lmdb_arguments(args: Namespace) -> None:
 
 # %% ../../nbs/data/10_main.ipynb #c032
 def write_lmdb(args: Namespace) -> str:
-    """Convert a source and return the line to print; raises `UsageError`.
+    """Convert a source and return the line to print.
 
     Args:
-        args: the parsed arguments of `densecl data lmdb`
+        args: the parsed arguments of `densecl data lmdb`; raises `UsageError` if one is invalid
     """
     check_lmdb_arguments(args)
     patterns = (args.include, args.exclude)
@@ -366,13 +363,13 @@ def write_lmdb(args: Namespace) -> str:
 
 # %% ../../nbs/data/10_main.ipynb #c032b
 def index_shards(url: str) -> str:
-    """Index remote shards and return the line to print; raises `UsageError`.
+    """Index remote shards and return the line to print.
 
     Args:
-        url: URL of one or many .tar files
+        url: URL of one or several .tar files; raises `UsageError` for a path
     """
     if not is_url(url):
-        raise UsageError(f"{one_line(url)}: no URL; shards on a disk are indexed when opened")
+        raise UsageError(f"{one_line(url)}: not a URL; shards on a disk are indexed when opened")
     find_source_type(url)
     stored = index_remote_shards(url)
     more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
@@ -380,10 +377,10 @@ def index_shards(url: str) -> str:
 
 # %% ../../nbs/data/10_main.ipynb #c033
 def main(argv: list[str]) -> None:
-    """Run `lmdb SRC DST`, `verify DST`, `check ROOT` or `index URL`; raises `UsageError`.
+    """Run `lmdb SRC DST`, `verify DST`, `check ROOT` or `index URL`.
 
     Args:
-        argv: the arguments without the program's name
+        argv: arguments of the command, without the program's name
     """
     args = parser().parse_args(argv)
     try:
@@ -396,7 +393,7 @@ def main(argv: list[str]) -> None:
         if args.what == "index":
             print(index_shards(args.url))
     except UsageError as e:
-        # --data-root is an option of the training command, not of this one
+        # this command has no option --data-root
         raise type(e)(str(e).removeprefix("--data-root ")) from None
     except OSError as e:
         raise UsageError(f"{one_line(e.filename)[:500]}: {e.strerror}") from e

@@ -23,18 +23,18 @@ from ..runtime.distributed import constant, queue_copies
 
 # %% ../../nbs/data/08_device_augment.ipynb #c008
 def luma(images: Tensor) -> Tensor:
-    """Each pixel's gray value, N x 1 x S x S, equal to Pillow's.
+    """The gray value of each pixel, N x 1 x S x S, equal to Pillow's.
 
     Args:
         images: N x 3 x S x S integer levels
     """
     r, g, b = images.split(1, 1)
-    # all sums are below 2^24: exact in float32
+    # all sums are below 2^24, so they are exact in float32
     return ((r * 19595 + g * 38470 + b * 7471 + 32768) / 65536).floor()
 
 
 def mean_luma(images: Tensor) -> Tensor:
-    """Each image's mean gray value, an integer level: N x 1 x 1 x 1.
+    """The mean gray value of each image, an integer level: N x 1 x 1 x 1.
 
     Args:
         images: N x 3 x S x S integer levels
@@ -44,10 +44,10 @@ def mean_luma(images: Tensor) -> Tensor:
 
 
 def blend(dull: Tensor | float, images: Tensor, factor: Tensor) -> Tensor:
-    """dull + factor * (images - dull), clipped to 0 .. 255, the fraction dropped.
+    """dull + factor * (images - dull), clipped to 0 .. 255 and truncated.
 
     Args:
-        dull: the result for factor 0; broadcast to `images`
+        dull: the image for factor 0; broadcast to `images`
         images: N x 3 x S x S integer levels
         factor: N x 1 x 1 x 1
     """
@@ -59,7 +59,7 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
     Args:
         images: N x 3 x S x S integer levels
-        factor: N x 1 x 1 x 1; 1: no change
+        factor: N x 1 x 1 x 1; 1 gives no change
     """
     return blend(0, images, factor)
 
@@ -69,23 +69,23 @@ def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
 
     Args:
         images: N x 3 x S x S integer levels
-        factor: N x 1 x 1 x 1; 1: no change
+        factor: N x 1 x 1 x 1; 1 gives no change
     """
     return blend(mean_luma(images), images, factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Scale the distance from each pixel's own gray, as Pillow does.
+    """Scale the distance from each pixel's gray value, as Pillow does.
 
     Args:
         images: N x 3 x S x S integer levels
-        factor: N x 1 x 1 x 1; 1: no change
+        factor: N x 1 x 1 x 1; 1 gives no change
     """
     return blend(luma(images), images, factor)
 
 # %% ../../nbs/data/08_device_augment.ipynb #c012
 def rgb_to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hue, saturation and value, each N x 1 x S x S integer levels 0 .. 255, as Pillow has them.
+    """Hue, saturation and value, each N x 1 x S x S integer levels 0 .. 255, as in Pillow.
 
     Args:
         images: N x 3 x S x S integer levels
@@ -102,11 +102,11 @@ def rgb_to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Shift the hue in HSV, in bytes as Pillow does.
+    """Shift the hue in HSV, in bytes, as Pillow does.
 
     Args:
         images: N x 3 x S x S integer levels
-        shift: N x 1 x 1 x 1, in 256ths of the color circle, 0 .. 255
+        shift: N x 1 x 1 x 1, 0 .. 255, in units of 1/256 of the color circle
     """
     hue, saturation, value = rgb_to_hsv(images)
     offset = constant((5.0, 3.0, 1.0), images.device)[:, None, None]  # of R, G, B
@@ -117,7 +117,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 # %% ../../nbs/data/08_device_augment.ipynb #c017
 def box_kernels(sigma: Tensor) -> Tensor:
-    """The right half of each image's box, center first: N x (reach + 1).
+    """The right half of each image's box, beginning with the center: N x (reach + 1).
 
     This is `fast_augment.box_kernel` for a batch; `reach` is that of the largest box.
 
@@ -135,12 +135,12 @@ def box_kernels(sigma: Tensor) -> Tensor:
 
 # %% ../../nbs/data/08_device_augment.ipynb #c020
 def box_blur_pass(images: Tensor, half: Tensor, dim: int) -> Tensor:
-    """One pass of each image's box, with the border pixels repeated, rounded to integer levels.
+    """One pass of each image's box, with border pixels repeated, rounded to integer levels.
 
     Args:
         images: N x 3 x S x S integer levels
-        half: N x (reach + 1), from `box_kernels`
-        dim: 3: horizontal, 2: vertical
+        half: N x (reach + 1), result of `box_kernels`
+        dim: 3 for horizontal, 2 for vertical
     """
     reach, size = half.shape[1] - 1, images.shape[dim]
     weights = half[:, :, None, None, None]  # N x (reach + 1) x 1 x 1 x 1
@@ -155,11 +155,11 @@ def box_blur_pass(images: Tensor, half: Tensor, dim: int) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, half: Tensor) -> Tensor:
-    """Three boxes horizontally and three vertically, rounded after each: Pillow's Gaussian blur.
+    """Pillow's Gaussian blur: three horizontal and three vertical boxes, rounded after each.
 
     Args:
         images: N x 3 x S x S integer levels
-        half: N x (reach + 1), from `box_kernels`
+        half: N x (reach + 1), result of `box_kernels`
     """
     for dim in (3, 3, 3, 2, 2, 2):
         images = box_blur_pass(images, half, dim)
@@ -172,8 +172,8 @@ JITTER_NAMES = ("brightness", "contrast", "saturation", "hue")
 def view_tensors(view: ViewParams) -> dict[str, Tensor]:
     """The parameters of a view that `apply_colors` needs, as small tensors.
 
-    These are order (4 indices into `JITTER_NAMES`, -1: none) and factor (4) of the color jitter,
-    gray, sigma, solarize (the threshold, 256: none) and flip.
+    These are order (4 indices into `JITTER_NAMES`, -1 for none) and factor (4) of the color jitter,
+    gray, sigma, solarize (the threshold, 256 for none) and flip.
 
     Args:
         view: parameters of the view
@@ -196,7 +196,7 @@ COLOR_OPS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue) 
 
 
 def to_grayscale(images: Tensor) -> Tensor:
-    """Each pixel's gray value in all three channels.
+    """The gray value of each pixel in all three channels.
 
     Args:
         images: N x 3 x S x S integer levels
@@ -215,7 +215,7 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
 
 
 def flip_horizontally(images: Tensor) -> Tensor:
-    """Exchange left and right.
+    """Flip images horizontally.
 
     Args:
         images: N x 3 x S x S
@@ -223,7 +223,7 @@ def flip_horizontally(images: Tensor) -> Tensor:
     return images.flip(3)
 
 # %% ../../nbs/data/08_device_augment.ipynb #c028
-# an operation, the indices of the images that it is applied to, and its parameters for each of them
+# an operation, the indices of its images, and its parameters for each of them
 ColorStep = tuple[Callable[..., Tensor], list[Tensor]]
 
 
@@ -234,8 +234,8 @@ def color_steps(params: dict[str, Tensor]) -> list[ColorStep]:
         params: `view_tensors` of N views, stacked, on the CPU
 
     Returns:
-        (operation, [indices of M images, M x ... parameters]) of each step, on the CPU; no step
-        without images
+        (operation, [indices of M images, M x ... parameters]) of each step, on the CPU; steps
+        without images are left out
     """
     factor = params["factor"][..., None, None, None]  # N x 4 x 1 x 1 x 1
     threshold = params["solarize"][:, None, None, None]
@@ -287,7 +287,7 @@ class CropViews(FastViews):
         """The tensors of one view, by name: "im", the crop, and "color", a dict of tensors.
 
         Args:
-            image: as the source loads it
+            image: image of the source
             view: parameters of the view
         """
         crop = crop_resize(np.asarray(image), view.box, self.config.size)  # S x S x 3

@@ -32,7 +32,7 @@ cv2.setNumThreads(1)
 
 # %% ../../nbs/data/07_fast_augment.ipynb #c016
 def may_have_orientation(raw: bytes) -> bool:
-    """Whether an APP1 segment (EXIF, XMP) comes before the pixels, or the header is irregular.
+    """Whether an APP1 segment (EXIF, XMP) precedes the pixels, or the header is irregular.
 
     Args:
         raw: bytes of a JPEG
@@ -61,9 +61,9 @@ MAX_BUFFER_BYTES = 2**24  # larger images get memory of their own
 
 
 class DecodeBuffer(threading.local):
-    """Memory for one decoded image, reused for the next one; each thread has its own.
+    """Memory for one decoded image, reused for the next image; each thread has its own.
 
-    An image decoded into the buffer is valid until the same thread decodes another into it.
+    An image in the buffer is valid until the same thread decodes the next image into it.
     """
 
     def __init__(self) -> None:
@@ -90,8 +90,8 @@ def decode_jpeg(raw: bytes, buffer: DecodeBuffer | None = None) -> np.ndarray | 
 
     Args:
         raw: bytes of an image file
-        buffer: the result is decoded into it and valid until its next use; None: the result has
-            memory of its own
+        buffer: memory for the result, which is valid until the next use of the buffer. Default:
+            new memory
     """
     with suppress(Exception):  # an irregular file raises errors of many types
         height, width, colors, _ = simplejpeg.decode_jpeg_header(raw)
@@ -105,7 +105,7 @@ def decode_jpeg(raw: bytes, buffer: DecodeBuffer | None = None) -> np.ndarray | 
 
 # %% ../../nbs/data/07_fast_augment.ipynb #c024
 class FastDecodeSource(ImageSource):
-    """A source's images as arrays, decoded by `decode_jpeg` or else by `decode_image`.
+    """The images of a source as arrays, decoded by `decode_jpeg`, or otherwise by `decode_image`.
 
     Args:
         source: the source of the undecoded images
@@ -129,8 +129,7 @@ class FastDecodeSource(ImageSource):
     def load(self, index: int) -> np.ndarray:
         """The image, H x W x 3 uint8; raises `CorruptImageError` as the reference does.
 
-        The array may be a part of `DECODE_BUFFER`: it is valid until this thread loads the next
-        image. Copy it to keep it.
+        The array may be in `DECODE_BUFFER`: it is valid until this thread loads the next image.
 
         Args:
             index: 0 .. len - 1
@@ -148,7 +147,7 @@ def crop_resize(pixels: np.ndarray, box: tuple[int, int, int, int], size: int) -
     The values differ from Pillow's by at most 1.
 
     Args:
-        pixels: H x W x 3 uint8; not changed, and the result does not share its memory
+        pixels: H x W x 3 uint8; not changed and not shared with the result
         box: x, y, width, height of the crop in pixels
         size: side of the result in pixels
     """
@@ -172,7 +171,7 @@ def color_transform(
 
     Args:
         pixels: H x W x 3 uint8
-        matrix: 3 x 3, from the old RGB to the new
+        matrix: 3 x 3, from the old to the new RGB values
         offset: one number, or one per channel
     """
     affine = np.empty((3, 4))
@@ -185,32 +184,32 @@ IDENTITY = np.eye(3)
 
 
 def adjust_brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply by a factor: below 1 towards black.
+    """Multiply all values by a factor.
 
     Args:
         pixels: H x W x 3 uint8
-        factor: 1: no change
+        factor: 0 gives black, 1 no change
     """
     return color_transform(pixels, factor * IDENTITY)
 
 
 def adjust_contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """Scale the distance from the image's mean gray: below 1 towards it.
+    """Scale the distance from the image's mean gray.
 
     Args:
         pixels: H x W x 3 uint8
-        factor: 1: no change
+        factor: 0 gives the mean gray, 1 no change
     """
     mean_gray = int(LUMA_WEIGHTS @ cv2.mean(pixels)[:3] + 0.5)
     return color_transform(pixels, factor * IDENTITY, (1 - factor) * mean_gray)
 
 
 def adjust_saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """Scale the distance from each pixel's own gray: below 1 towards it.
+    """Scale the distance from each pixel's gray value.
 
     Args:
         pixels: H x W x 3 uint8
-        factor: 1: no change
+        factor: 0 gives a gray image, 1 no change
     """
     return color_transform(pixels, factor * IDENTITY + (1 - factor) * LUMA_WEIGHTS)
 
@@ -223,9 +222,9 @@ def adjust_hue(pixels: np.ndarray, shift: float) -> np.ndarray:
         shift: fraction of the color circle, -0.5 .. 0.5
     """
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)  # hue 0 .. 255 is the full circle
-    offset = np.zeros_like(hsv[0])  # W x 3: only the hue changes
+    offset = np.zeros_like(hsv[0])  # W x 3; only the hue changes
     offset[:, 0] = int(shift * 255) % 256
-    hsv += offset  # bytes wrap, as angles do
+    hsv += offset  # bytes wrap like angles
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=hsv)
 
 # %% ../../nbs/data/07_fast_augment.ipynb #c043
@@ -239,7 +238,7 @@ def to_grayscale(pixels: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/data/07_fast_augment.ipynb #c046
 def box_kernel(sigma: float) -> np.ndarray:
-    """The box of Pillow's blur: 2 r + 1 equal weights and a fraction of one at each end.
+    """The box of Pillow's blur: 2 r + 1 equal weights, and a smaller one at each end.
 
     Args:
         sigma: standard deviation of three passes, in pixels
@@ -286,7 +285,7 @@ def render_view(pixels: np.ndarray, view: ViewParams, size: int) -> np.ndarray:
     """Render a view, size x size x 3 uint8, with the operations of `augment.render_view`.
 
     Args:
-        pixels: H x W x 3 uint8; not changed, and the result does not share its memory
+        pixels: H x W x 3 uint8; not changed and not shared with the result
         view: parameters of the view
         size: side of the result in pixels
     """
@@ -308,12 +307,12 @@ class FastViews(TwoViews):
     Args:
         source: `densecl.data.sources.ImageSource`, or any object with `__len__` and its
             `load_or_replace`
-        config: ranges of the views' random parameters; None: the defaults
+        config: ranges of the views' random parameters. Default: `AugmentConfig()`
         seed: seed of the run
     """
 
     def __init__(self, source: Any, config: AugmentConfig | None = None, seed: int = 0) -> None:
-        if hasattr(source, "fetch"):  # its files can be decoded here
+        if hasattr(source, "fetch"):  # the source provides undecoded files
             source = FastDecodeSource(source)
         super().__init__(source, config or AugmentConfig(), seed)
 
@@ -321,7 +320,7 @@ class FastViews(TwoViews):
         """The tensors of one view, by name: "im", 3 x S x S uint8 with the channels adjacent.
 
         Args:
-            image: as the source loads it
+            image: image of the source
             view: parameters of the view
         """
         pixels = render_view(np.asarray(image), view, self.config.size)  # S x S x 3

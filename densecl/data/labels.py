@@ -65,15 +65,15 @@ def class_lookup_table(values: Sequence[int], void: Iterable[int] = ()) -> np.nd
     """The class of each of the 256 values of a mask, `VOID`, or -1 for invalid values: 256 int16.
 
     Args:
-        values: value in the file of each class, in the order of the classes; raises `UsageError` if
-            a class has no value below 255 of its own
-        void: values without a class, besides 255
+        values: value of each class in the file, in the order of the classes; raises `UsageError`
+            unless they are different numbers from 0 to 254
+        void: values without a class, in addition to 255
     """
     void = {VOID, *void}
     if len(values) > MAX_CLASSES:
         raise UsageError(
-            f"{len(values)} classes, with the background, are more than the {MAX_CLASSES} that a "
-            "mask can hold: its values are 0 to 254, and 255 is void"
+            f"{len(values)} classes, with the background, are more than the {MAX_CLASSES} of a "
+            "mask: its values are 0 to 254, and 255 is void"
         )
     wrong = [v for v in values if not 0 <= v < VOID or v in void or values.count(v) > 1]
     if wrong:
@@ -88,11 +88,12 @@ def class_lookup_table(values: Sequence[int], void: Iterable[int] = ()) -> np.nd
 
 # %% ../../nbs/data/06_labels.ipynb #c013
 def read_mask_values(raw: bytes | np.ndarray, name: str) -> np.ndarray:
-    """The values of a mask, H x W uint8; raises `UsageError` if the file cannot contain any.
+    """The values of a mask, H x W uint8.
 
     Args:
-        raw: bytes of an image file, or the values, which are returned as they are
-        name: of the mask, for the error message
+        raw: bytes of an image file, or the values, which are returned unchanged; raises
+            `UsageError` if the file cannot contain class numbers
+        name: name of the mask, for the error message
     """
     if isinstance(raw, np.ndarray):
         return raw
@@ -117,12 +118,12 @@ def read_mask_values(raw: bytes | np.ndarray, name: str) -> np.ndarray:
 
 # %% ../../nbs/data/06_labels.ipynb #c014
 def values_to_classes(values: np.ndarray, lookup_table: np.ndarray, name: str) -> np.ndarray:
-    """The classes of a mask, H x W uint8, 255 void; raises `UsageError` for invalid values.
+    """The classes of a mask, H x W uint8, 255 for void.
 
     Args:
-        values: H x W uint8, from `read_mask_values`
-        lookup_table: from `class_lookup_table`
-        name: of the mask, for the error message
+        values: H x W uint8, result of `read_mask_values`; raises `UsageError` for invalid values
+        lookup_table: result of `class_lookup_table`
+        name: name of the mask, for the error message
     """
     mask = lookup_table[values]
     if mask.min(initial=0) >= 0:
@@ -137,14 +138,14 @@ def values_to_classes(values: np.ndarray, lookup_table: np.ndarray, name: str) -
 
 # %% ../../nbs/data/06_labels.ipynb #c019
 class SegmentationDataset:
-    """Images with a mask each: `load(index)` returns both.
+    """Images with masks: `load(index)` returns both.
 
     Args:
         images: source of the images
         masks: source of the masks, of the same length
         classes: names of the classes, in order
-        lookup_table: from `class_lookup_table`, the classes of the values in the masks
-        hints: what a user should know about the labels, in lines of text
+        lookup_table: result of `class_lookup_table`, the classes of the values in the masks
+        hints: hints about the labels, one line each
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class SegmentationDataset:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, void not counted."""
+        """Number of classes, without void."""
         return len(self.classes)
 
     def name(self, index: int) -> str:
@@ -176,22 +177,21 @@ class SegmentationDataset:
         return lists.strip_image_suffix(os.path.basename(self.images.name(index)))
 
     def mask(self, index: int) -> np.ndarray:
-        """The classes of a mask, H x W uint8, 255 void; raises `UsageError` with its name.
+        """The classes of a mask, H x W uint8, 255 for void.
 
         Args:
-            index: 0 .. len - 1
+            index: 0 .. len - 1; raises `UsageError` if the mask is invalid
         """
         name = self.masks.name(index)
         values = read_mask_values(self.masks.fetch(index), name)
         return values_to_classes(values, self.lookup_table, name)
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """(RGB image, mask); raises `UsageError` if their sizes differ.
-
-        A corrupt image raises `CorruptImageError`.
+        """An RGB image and its mask.
 
         Args:
-            index: 0 .. len - 1
+            index: 0 .. len - 1; raises `UsageError` if the sizes differ, and `CorruptImageError`
+                for a corrupt image
         """
         mask = self.mask(index)
         height, width = mask.shape
@@ -204,26 +204,25 @@ class SegmentationDataset:
         return image, mask
 
     def check(self, index: int) -> np.ndarray:
-        """Whether each class occurs in a mask, 256 bool, 255 void; raises `UsageError` as `load`.
+        """Whether each class occurs in a mask: 256 bool, 255 for void.
 
-        Of the image only the header is read, if it has the mask's size.
+        Only the header of the image is read, unless its size differs from that of the mask.
 
         Args:
-            index: 0 .. len - 1
+            index: 0 .. len - 1; raises errors as `load` does
         """
         mask, raw = self.mask(index), self.images.fetch(index)
-        if (
-            read_image_size(raw, self.images.name(index)) != mask.shape[::-1]
-        ):  # raises an error, or the upright image fits
-            self.load(index)
+        size = read_image_size(raw, self.images.name(index))
+        if size != mask.shape[::-1]:
+            self.load(index)  # raises an error, unless the upright image has this size
         return np.bincount(mask.ravel(), minlength=256) > 0
 
 # %% ../../nbs/data/06_labels.ipynb #c026
 def voc_segmentation(base: Path, split: str) -> SegmentationDataset:
-    """A split of a VOC folder, with VOC's masks where they exist, else SegmentationClassAug's.
+    """A split of a VOC folder, with VOC's masks or, if they are missing, SegmentationClassAug's.
 
     Args:
-        base: from `lists.find_voc_root`
+        base: result of `lists.find_voc_root`
         split: see `lists.voc_split_lists`
     """
     names, images = lists.voc_images(base, split)
@@ -243,11 +242,11 @@ def voc_segmentation(base: Path, split: str) -> SegmentationDataset:
 
 # %% ../../nbs/data/06_labels.ipynb #c028
 def cityscapes_segmentation(root: Path | str, split: str) -> SegmentationDataset:
-    """A split of Cityscapes with its 19 classes; raises `UsageError`.
+    """A split of Cityscapes with its 19 classes.
 
     Args:
-        root: contains leftImg8bit and gtFine
-        split: train or val
+        root: folder that contains leftImg8bit and gtFine
+        split: train or val; raises `UsageError` if its images or masks are missing
     """
     paths = Path(root, "leftImg8bit", split).glob("*/*_leftImg8bit.png")
     images = sorted(os.path.relpath(path, root) for path in paths)
@@ -272,11 +271,11 @@ def cityscapes_segmentation(root: Path | str, split: str) -> SegmentationDataset
 
 # %% ../../nbs/data/06_labels.ipynb #c030
 def require_package(package: str, purpose: str) -> None:
-    """Raise `UsageError` if a package is not installed: before a run, not at its end.
+    """Raise `UsageError` if a package is not installed.
 
     Args:
         package: import name of a package of the extra `transfer`
-        purpose: what needs the package, the subject of the message
+        purpose: subject of the message: what needs the package
     """
     if importlib.util.find_spec(package) is None:
         raise UsageError(f"{purpose} needs {package}: pip install 'densecl[transfer]'")
@@ -286,9 +285,9 @@ def coco_semantic(root: Path, split: str, folder: str) -> SegmentationDataset:
     """A split of COCO with the masks of a folder of PNGs.
 
     Args:
-        root: contains annotations and the folders of images
+        root: folder that contains annotations and the folders of images
         split: name of the folder of images
-        folder: name of the folder of masks, below annotations
+        folder: name of the folder of masks in annotations
     """
     names_file = root / "annotations/semantic_classes.json"
     classes = {value: f"category {value}" for value in range(92, 184)}
@@ -319,23 +318,23 @@ def _semantic_classes(path: Path) -> dict[int, str]:
 
 
 def coco_instances(root: Path, split: str) -> SegmentationDataset:
-    """A split of COCO with masks drawn from its instances; raises `UsageError`.
+    """A split of COCO with masks drawn from its instances.
 
     Args:
-        root: contains annotations and the folders of images
-        split: name of the folder of images
+        root: folder that contains annotations and the folders of images
+        split: name of the folder of images; raises `UsageError` if there are no masks to draw
     """
     require_package("pycocotools", "drawing masks from COCO's instances")
     path = root / f"annotations/instances_{split}.json"
     annotations = read_coco(path)
     if len(annotations.classes) > 254:
-        text = f"{len(annotations.classes)} categories, and a mask can hold 254"
+        text = f"{len(annotations.classes)} categories; a mask can contain 254"
         raise UsageError(f"{one_line(path)}: {text}")
     source = require_files(root, [f"{split}/{name}" for name in annotations.names], "image")
     fill_sizes(annotations, source)
     masks = RasterizedMasks(annotations)
     if not any(masks.objects):
-        text = "no outline that can be drawn, so that every mask would be empty"
+        text = "no outline can be drawn, so every mask would be empty"
         raise UsageError(f"{one_line(path)}: {text}")
     classes = ["background", *annotations.classes]
     return SegmentationDataset(source, masks, classes, class_lookup_table(range(len(classes))))
@@ -347,7 +346,7 @@ def coco_segmentation(root: Path | str, split: str, labels: str = "auto") -> Seg
     Raises `UsageError` if the masks or some images are missing.
 
     Args:
-        root: contains annotations and the folders of images
+        root: folder that contains annotations and the folders of images
         split: train or val (the year is added), or the name of a folder
         labels: semantic, instances, or auto: semantic if there are such masks
     """
@@ -364,7 +363,7 @@ def coco_segmentation(root: Path | str, split: str, labels: str = "auto") -> Seg
 
 # %% ../../nbs/data/06_labels.ipynb #c036b
 def leave_out_class(dataset: SegmentationDataset, value: int) -> None:
-    """Make a value of the masks void; the class that has it, if any, is left out.
+    """Make a value of the masks void, and leave out the class with this value, if there is one.
 
     Args:
         dataset: changed in place
@@ -379,7 +378,7 @@ def leave_out_class(dataset: SegmentationDataset, value: int) -> None:
 
 # %% ../../nbs/data/06_labels.ipynb #c037
 def _open_layout(root: Path, split: str, labels: str) -> SegmentationDataset:
-    """A split of a folder in the layout that it has; raises `UsageError`."""
+    """A split of a folder in one of the known layouts; raises `UsageError`."""
     if not root.is_dir():
         raise UsageError(
             f"--data-root {one_line(root)}: no such folder; "
@@ -404,14 +403,14 @@ def _open_layout(root: Path, split: str, labels: str) -> SegmentationDataset:
 def open_segmentation(
     root: Path | str, split: str, labels: str = "auto", void: int = VOID
 ) -> SegmentationDataset:
-    """A split of a VOC, Cityscapes or COCO folder; raises `UsageError` if anything is missing.
+    """A split of a VOC, Cityscapes or COCO folder.
 
     Args:
-        root: of a folder in the layout of one of the three
-        split: train, val, train_aug (VOC)
-        labels: COCO only, see `coco_segmentation`
-        void: value in the masks of pixels without a class, besides 255; if it has a name in the
-            list of classes, this class is left out
+        root: folder in one of the three layouts
+        split: train, val, train_aug (VOC); raises `UsageError` if its files are missing
+        labels: for COCO only, see `coco_segmentation`
+        void: value of pixels without a class, in addition to 255; a class with this value is left
+            out
     """
     dataset = _open_layout(Path(root), split, labels)
     if not len(dataset):
@@ -420,13 +419,13 @@ def open_segmentation(
     if dataset.num_classes < 2:
         raise UsageError(
             f"--data-root {one_line(root)}: one class, {', '.join(dataset.classes) or 'void'}; "
-            "it needs two or more, one of which may be the background"
+            "two or more are needed, one of which may be the background"
         )
     return dataset
 
 # %% ../../nbs/data/06_labels.ipynb #c037b
-MAX_CHECKED = 12_000  # masks that are read before a run; VOC and Cityscapes have fewer
-MAX_DRAWN = 500  # the same for masks that have to be drawn
+MAX_CHECKED = 12_000  # number of masks that are read before a run; VOC and Cityscapes have fewer
+MAX_DRAWN = 500  # the same for masks that are drawn from outlines
 
 
 def check_masks(
@@ -438,9 +437,9 @@ def check_masks(
     all pixels are void.
 
     Args:
-        dataset: its `hints` are extended
-        split: its name, for messages
-        indices: of the images that will be used; None: all
+        dataset: a dataset, whose `hints` are extended
+        split: name of the split, for messages
+        indices: indices of the images that will be used. Default: all
     """
     indices = range(len(dataset)) if indices is None else indices
     limit = MAX_DRAWN if isinstance(dataset.masks, RasterizedMasks) else MAX_CHECKED
@@ -458,8 +457,8 @@ def check_masks(
 def voc_colormap(n: int = 256) -> np.ndarray:
     """VOC's color of each class: n x 3 uint8.
 
-    The bits of the class number are assigned to red, green and blue in turn, and fill each
-    channel from its highest bit.
+    The bits of the class number are assigned to red, green and blue in turn, beginning with the
+    highest bit of each channel.
 
     Args:
         n: number of classes
@@ -489,7 +488,7 @@ def iou_from_confusion(confusion: Tensor) -> Tensor:
     """IoU of each class, float64; NaN for a class that occurs neither in truth nor in prediction.
 
     Args:
-        confusion: classes x classes; the number of pixels by true class and predicted class
+        confusion: classes x classes, number of pixels by true class and predicted class
     """
     correct = confusion.diag().double()
     union = (confusion.sum(0) + confusion.sum(1)).double() - correct
@@ -497,7 +496,7 @@ def iou_from_confusion(confusion: Tensor) -> Tensor:
 
 
 def mean_iou_from_confusion(confusion: Tensor) -> float:
-    """Mean IoU over the classes that occur; 0 if there is none.
+    """Mean IoU over the classes that occur; 0 if no class occurs.
 
     Args:
         confusion: as in `iou_from_confusion`
@@ -512,16 +511,17 @@ def mean_iou(
     num_classes: int,
     device: torch.device | str | None = None,
 ) -> dict:
-    """Segmentation scores over all pairs of all ranks together: a dict of fractions of 1.
-
-    Its keys: miou, accuracy (fraction of correct pixels), per_class (list of IoU; None for a
-    class that occurs nowhere). Needs torchmetrics.
+    """Segmentation scores over all pairs of all ranks, as fractions of 1. Needs torchmetrics.
 
     Args:
         pairs: (prediction, mask), each H x W integers below `num_classes`; pixels whose mask is
             255 are not counted
-        num_classes: number of classes, void not counted
-        device: where to count; with several processes a device of their process group
+        num_classes: number of classes, without void
+        device: device for the counts; with several processes, a device of their process group
+
+    Returns:
+        A dict of `miou`, `accuracy` (fraction of correct pixels) and `per_class` (list of IoU;
+        None for a class that does not occur)
     """
     import torch
     from torchmetrics.classification import MulticlassConfusionMatrix

@@ -62,11 +62,12 @@ class KeyedDataset(Dataset):
 
 
 def pair_to_sample(item: Any, index: int) -> dict[str, Any]:
-    """A pair of views as a dict of tensors 3 x S x S; raises `UsageError` for anything else.
+    """A pair of views as a dict of tensors 3 x S x S.
 
     Args:
-        item: (im_q, im_k), or a dict with both; normalized float tensors, or any images
-        index: of the item, for the message
+        item: (im_q, im_k), or a dict with both; normalized float tensors, or any images. Raises
+            `UsageError` for other items
+        index: index of the item, for the message
     """
     if not isinstance(item, dict):
         is_pair = isinstance(item, (tuple, list)) and len(item) == 2
@@ -88,7 +89,7 @@ def check_pair(item: Any) -> None:
     """Raise `UsageError` unless both views of a pair have the same shape, 3 x S x S.
 
     Args:
-        item: as for `pair_to_sample`; the first of a dataset
+        item: first item of a dataset, as for `pair_to_sample`
     """
     sample = pair_to_sample(item, 0)
     shapes = [list(sample[name].shape) for name in ("im_q", "im_k")]
@@ -101,7 +102,7 @@ def augment_config(config: Config) -> AugmentConfig:
     """The ranges of the random augmentation of a run.
 
     Args:
-        config: image_size and the fields from crop_scale to hflip_prob are used
+        config: its `image_size` and the fields from `crop_scale` to `hflip_prob` are used
     """
     return AugmentConfig(
         size=config.image_size,
@@ -119,10 +120,10 @@ def augment_config(config: Config) -> AugmentConfig:
 
 
 def view_pipeline(config: Config) -> type[TwoViews]:
-    """The class named in `config.augment`; raises `UsageError` if a library of it is missing.
+    """The class of views for `config.augment`.
 
     Args:
-        config: augment is used
+        config: its `augment` is used; raises `UsageError` if a library is missing
     """
     try:
         if config.augment == "fast":
@@ -142,10 +143,10 @@ def view_pipeline(config: Config) -> type[TwoViews]:
 
 # %% ../../nbs/data/09_loader.ipynb #c010b
 class SeededViews(Dataset):
-    """View pairs whose images may be random, too: the generators are seeded with the sample's key.
+    """View pairs of a dataset with random images; its generators are seeded by the sample's key.
 
     Args:
-        views: has a method `at`, like `TwoViews`
+        views: dataset with a method `at`, like `TwoViews`
         seed: seed of the run
     """
 
@@ -160,7 +161,7 @@ class SeededViews(Dataset):
 
         Args:
             epoch: number of the epoch, from 0
-            position: of the sample in the epoch's order
+            position: position of the sample in the epoch's order
             index: index of the image in the dataset
         """
         with seeded(self.seed, epoch, position):
@@ -168,13 +169,14 @@ class SeededViews(Dataset):
 
 
 def build_views(config: Config, dataset: Any = None) -> Any:
-    """Pairs of views, by the pipeline of `config.augment`; raises `UsageError` for wrong data.
+    """The dataset of view pairs of a run.
 
     Args:
-        config: augment, seed and the fields of `augment_config` are used; without a dataset also
-            data_root, include, exclude, cache_dir and cache_gb
-        dataset: map-style, of images, of tuples or dicts with an image, or a source; pairs of
-            views, (im_q, im_k) or dicts with both, are returned as they are; None: data_root
+        config: its `augment`, `seed` and the fields of `augment_config` are used; without a dataset
+            also `data_root`, `include`, `exclude`, `cache_dir` and `cache_gb`
+        dataset: a source, or a map-style dataset of images, or of tuples or dicts with an image; a
+            dataset of view pairs, (im_q, im_k) or dicts with both, is returned unchanged. Raises
+            `UsageError` for other items. Default: the source at data_root
     """
     ranges = augment_config(config)
     if dataset is None:
@@ -201,7 +203,7 @@ def build_views(config: Config, dataset: Any = None) -> Any:
 
 # %% ../../nbs/data/09_loader.ipynb #c013
 def normalize_on_device(images: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """N x 3 x S x S float32; levels from 0 to 255 are normalized as by `augment.normalize`.
+    """Normalize levels from 0 to 255 as `augment.normalize` does: N x 3 x S x S float32.
 
     Args:
         images: N x 3 x S x S levels, uint8, or float32, which may be changed; on any device
@@ -212,11 +214,11 @@ def normalize_on_device(images: Tensor, memory_format: torch.memory_format) -> T
 
 
 def color_on_device(images: list[Tensor], params: list[dict[str, Tensor]]) -> list[Tensor]:
-    """Images after `apply_colors`, both views in one batch: half as many operations to start.
+    """Apply the color operations to both views in one batch.
 
     Args:
-        images: of the two views, N x 3 x S x S uint8 each, on the device
-        params: of the two views, for `apply_colors`
+        images: images of the two views, N x 3 x S x S uint8 each, on the device
+        params: parameters of the two views for `apply_colors`
     """
     from densecl.data.device_augment import apply_colors
 
@@ -232,8 +234,8 @@ def to_device(
     """The batch with im_q and im_k on the device, as normalized floats.
 
     Args:
-        batch: of the loader; im_q, im_k: N x 3 x S x S, normalized floats, or uint8 with or
-            without the parameters of the color operations, color_q and color_k
+        batch: batch of the loader; im_q and im_k are N x 3 x S x S normalized floats, or uint8 with
+            or without the parameters of the color operations, color_q and color_k
         device: device of the model
         memory_format: memory format of im_q and im_k in the result
     """
@@ -252,13 +254,13 @@ def stack_images(images: list[Tensor]) -> Tensor:
     """Stack images to N x 3 x S x S in the memory format `channels_last`.
 
     Args:
-        images: 3 x S x S uint8; copied as they are if their channels are adjacent in memory
+        images: 3 x S x S uint8; one copy each if their channels are adjacent in memory
     """
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the tensors of a batch by name; concatenate the lists `bad`, add the `cpu_seconds`.
+    """Stack the tensors of a batch by name, concatenate the lists `bad`, and sum `cpu_seconds`.
 
     Args:
         samples: items of `KeyedDataset`
@@ -276,12 +278,12 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 # %% ../../nbs/data/09_loader.ipynb #c018b
 class ReadAheadDataset(KeyedDataset):
-    """A `KeyedDataset` that announces the images of the next batches to its source.
+    """A `KeyedDataset` whose source starts to read the images of the next batches.
 
     Args:
         dataset: the dataset
-        source: the source of its images; its method `prefetch` takes indices
-        batches: the sampler of the loader
+        source: source of the images, with a method `prefetch`
+        batches: sampler of the loader
         stride: number of batches from one batch of a worker to its next
         depth: number of batches to read ahead
     """
@@ -307,11 +309,11 @@ class ReadAheadDataset(KeyedDataset):
 
 
 def read_ahead(dataset: KeyedDataset, batches: BatchSampler, workers: int) -> KeyedDataset:
-    """The dataset, reading ahead if its source can.
+    """The dataset, with reading ahead if its source supports it.
 
     Args:
-        dataset: for the loader
-        batches: the sampler of the loader
+        dataset: dataset of the loader
+        batches: sampler of the loader
         workers: number of loader processes
     """
     source = getattr(dataset.views, "source", None)
@@ -321,13 +323,13 @@ def read_ahead(dataset: KeyedDataset, batches: BatchSampler, workers: int) -> Ke
 
 # %% ../../nbs/data/09_loader.ipynb #c020
 def build_loader(config: Config, views: Any, first: int, last: int) -> DataLoader:
-    """This rank's batches of the steps first .. last - 1.
+    """The loader of this rank's batches for the steps first .. last - 1.
 
     Args:
-        config: batch_size (of all ranks together), seed and workers are used
+        config: its `batch_size` (of all ranks), `seed` and `workers` are used
         views: dataset of view pairs or of images, see `build_views`
         first: number of the first step, counted from the start of the run
-        last: number of the step to stop before
+        last: number of the step after the last one
     """
     views = build_views(config, views)
     rank, world_size = distributed.rank(), distributed.world_size()
@@ -347,7 +349,7 @@ def count_steps(config: Config, images: int) -> tuple[int, int]:
 
     Args:
         config: the config of the run
-        images: length of the dataset; raises `UsageError` when it is less than one batch
+        images: length of the dataset; raises `UsageError` if it is less than one batch
     """
     steps_per_epoch = images // config.batch_size
     if not steps_per_epoch:
@@ -360,11 +362,11 @@ def count_steps(config: Config, images: int) -> tuple[int, int]:
 
 # %% ../../nbs/data/09_loader.ipynb #d82d0128
 def micro_batches(batch: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
-    """The batch in `count` parts of the same size, in its order; nothing is copied.
+    """The batch in `count` parts of the same size, in order, without copies.
 
     Args:
-        batch: of the loader; what is no tensor is the same in all parts
-        count: divides the number of images; 1: the batch as it is
+        batch: batch of the loader; values other than tensors are the same in all parts
+        count: number of parts, which must divide the number of images
     """
     if count == 1:
         yield batch
@@ -379,12 +381,12 @@ class CorruptImageCounter:
     """Counts the images that could not be decoded and reports each once.
 
     Args:
-        config: on_bad_image and max_corrupt_fraction are used
+        config: its `on_bad_image` and `max_corrupt_fraction` are used
 
     Attributes:
         count: number of corrupt images so far
         read: number of images read so far
-        names: "name: reason" of the different corrupt images
+        names: set of "name: reason" of the corrupt images
     """
 
     def __init__(self, config: Config) -> None:
@@ -398,7 +400,7 @@ class CorruptImageCounter:
 
         Args:
             bad: (index, "name: reason") of the batch's corrupt images
-            read: number of images in the batch, replacements included
+            read: number of images in the batch, including replacements
         """
         self.count += len(bad)
         self.read += read + len(bad)
@@ -427,9 +429,9 @@ def next_batch(batches: Iterator[dict[str, Any]], meter: Meter) -> dict[str, Any
     """The next batch of the loader.
 
     Args:
-        batches: from `iter_batches`; raises `RunError` when it finds no image that can be decoded
-        meter: the time spent waiting is added to its `data_wait`, the CPU time of loading to its
-            `loader_cpu`
+        batches: result of `iter_batches`; raises `RunError` if no image can be decoded
+        meter: meter of the run; the waiting time is added to its `data_wait`, and the CPU time of
+            loading to its `loader_cpu`
     """
     start = time.perf_counter()
     if not meter.images:  # the first step since the last row
@@ -443,13 +445,13 @@ def next_batch(batches: Iterator[dict[str, Any]], meter: Meter) -> dict[str, Any
 
 # %% ../../nbs/data/09_loader.ipynb #c037
 def loading_problem(wait: float, cpu: float, config: Config, max_fraction: float = 0.25) -> str:
-    """What is slow about loading images, and what helps; empty if nothing is.
+    """A warning about slow loading with remedies, as text; empty if loading is fast enough.
 
     Args:
-        wait: fraction of the time in which the loop had no batch
-        cpu: CPU time of loading, as a fraction of this process's cores
-        config: augment, device, workers and threads are used
-        max_fraction: fraction that is acceptable
+        wait: fraction of the time in which the loop waited for a batch
+        cpu: CPU time of loading, as a fraction of the time of this process's cores
+        config: its `augment`, `device`, `workers` and `threads` are used
+        max_fraction: largest acceptable fraction
     """
     faster = "--augment fast, " if config.augment == "reference" else ""
     if wait > max_fraction:
@@ -460,13 +462,13 @@ def loading_problem(wait: float, cpu: float, config: Config, max_fraction: float
     else:
         return ""
     return (
-        f"{problem}; what helps: {faster}or smaller images on a fast disk "
+        f"{problem}; try {faster}or smaller images on a fast disk "
         "(python -m densecl.data lmdb SRC DST.lmdb --short-side 320)"
     )
 
 
 def _share_cores(config: Config) -> bool:
-    """Whether a training on the CPU and the workers need more cores than there are."""
+    """Whether a training on the CPU and its workers need more cores than the machine has."""
     if config.device == "cuda" or config.workers == 0:
         return False
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -475,11 +477,11 @@ def _share_cores(config: Config) -> bool:
 
 
 class DataWaitMonitor:
-    """Warns once in a run when much of its time is spent on images.
+    """Warns once per run if loading limits its speed.
 
     Args:
         config: see `loading_problem`
-        max_fraction: fraction of the time that is acceptable
+        max_fraction: largest acceptable fraction of the time
     """
 
     def __init__(self, config: Config, max_fraction: float = 0.25) -> None:
@@ -488,11 +490,11 @@ class DataWaitMonitor:
         self.warned = False
 
     def update(self, row: dict[str, Any], warn: Callable[[str], Any]) -> None:
-        """Take a row into account; the first hundred steps of this process are not.
+        """Add a row, and warn if loading is slow; the first hundred steps are ignored.
 
         Args:
             row: next row of metrics.jsonl
-            warn: called with the text of the warning
+            warn: function that is called with the text of the warning
         """
         if self.first_step is None:
             self.first_step = row["step"]
