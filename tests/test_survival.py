@@ -448,8 +448,10 @@ def test_a_run_folder_that_ranks_see_differently_is_refused(place):
     assert "all machines share" in line and "step 3 on rank 0, 0 on rank 1" in line, run.text
 
 
-def test_the_readme_s_slurm_script_is_a_script(place):
-    script = (ROOT / "README.md").read_text().split("```bash\n")[1].split("```")[0]
+def test_the_guide_s_slurm_script_is_a_script():
+    cells = json.loads((ROOT / "nbs/guides/cluster.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    (script,) = [s.split("\n", 1)[1] for s in sources if s.startswith("%%writefile train.sh")]
     assert script.startswith("#!/bin/bash") and "--signals-to-handle" in script
     subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=True)
 
