@@ -27,7 +27,7 @@ from densecl.data.loader import (
     count_steps,
     next_batch,
 )
-from .encoder import Encoder, build_backbone
+from .encoder import Encoder, build_backbone, convert_to_sync_bn
 from densecl.hooks import (
     Hooks,
     check_gradients,
@@ -351,7 +351,7 @@ def wrap_model(model: nn.Module, config: Config) -> nn.Module:
         for module in [getattr(model, name) for name in names] or [model]:
             module.compile()
     if config.bn == "sync":
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces the layers in place
+        convert_to_sync_bn(model)  # replaces the layers in place
     if distributed.world_size() == 1:
         return model
     distributed.broadcast_(model.buffers())  # the same queues on all ranks, once

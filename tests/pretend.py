@@ -158,7 +158,9 @@ def check_devices(name, tensors, args):
                 LOG.wait(f"{name} by a mask")
             elif index is not None and not on_cuda(index):
                 LOG.wait(f"{name} by a CPU index")
-        tensors = [args[0], *args[2:3]]
+        in_backward = torch._C._current_graph_task_id() >= 0
+        # the gradient of index_put contains zeros that C++ makes, on the device that it sees
+        tensors = [args[0]] if in_backward else [args[0], *args[2:3]]
     others = [x for x in tensors if isinstance(x, torch.Tensor) and not on_cuda(x) and x.dim()]
     if others:
         shapes = [tuple(x.shape) for x in others]

@@ -269,6 +269,15 @@ def test_detection_is_trained_and_scored(voc):  # noqa: F811
     assert log.operations["convolution_backward"] and Path("out/results.json").exists()
 
 
+def test_detection_with_a_model_of_timm_is_trained_and_scored(voc):  # noqa: F811
+    pytest.importorskip("timm")
+    options = ["--weights", "random", "--data-root", str(voc), "--out", "out", *TINY_DETECTOR]
+    options += ["--backbone", "timm:convnext_atto"]
+    with pretended_cuda() as log:
+        detect([*options, "--device", "cuda", "--max-steps", "2"])
+    assert log.operations["native_layer_norm_backward"] and Path("out/results.json").exists()
+
+
 def test_matches_are_shown_with_a_network_on_the_device():
     encoder = Encoder(*build_backbone("resnet18-layer2"), hidden=8, dim=4).eval()
     images = [Image.fromarray(np.full((32, 48, 3), level, np.uint8)) for level in (50, 200)]

@@ -42,6 +42,7 @@ from densecl.detect.rcnn import (
     freeze_backbone,
     mask_rcnn_fpn,
     precise_bn,
+    training_bn,
 )
 from ..runtime import distributed
 from ..runtime.io import UsageError, option_name, run_command
@@ -51,6 +52,7 @@ from densecl.transfer.initialization import (
     InitialWeights,
     TransferConfig,
     build_resnet,
+    build_timm_stages,
     convert_sync_bn,
 )
 from ..transfer.trials import Trial, check_batch_size, train_trial, trial_loader
@@ -61,6 +63,9 @@ from ..visualize.plotting import CORRECT_COLOR, INCORRECT_COLOR, draw_boxes, pan
 class DetectConfig(TransferConfig):
     """All choices of a detection transfer."""
 
+    backbone: str = ""
+    """resnet18, resnet34, resnet50, resnet101; with fpn also a model of timm with four stages, such
+    as timm:convnext_tiny; empty: that of the weights, or resnet50"""
     preset: str = ""
     """voc: train on 07+12, test on 07; coco; empty: the dataset's own lists train and val"""
     max_steps: int = 24_000
@@ -68,10 +73,10 @@ class DetectConfig(TransferConfig):
     lr: float = 0.02
     """learning rate after the warm-up, for 16 images per step"""
     weight_decay: float = 1e-4
-    """on everything but batch norm"""
+    """on everything but normalization"""
     detector: Literal["auto", "c4", "fpn"] = "auto"
-    """c4: Faster R-CNN C4; fpn: Mask R-CNN FPN (Faster R-CNN where there are no masks); auto: c4,
-    on COCO fpn"""
+    """c4: Faster R-CNN C4, for ResNets; fpn: Mask R-CNN FPN (Faster R-CNN where there are no
+    masks); auto: c4 for a ResNet on VOC, else fpn"""
     short_side: int = 800
     """of test images in pixels; training sizes and the anchors of c4 are scaled alike"""
     roi_batch_size: int = 512
@@ -101,6 +106,15 @@ def validate_detect(config: DetectConfig) -> None:
         value = getattr(config, name)
         if value < low:
             raise UsageError(f"{option_name(name)} {value}: must be at least {low}")
+    _check_c4(config)
+
+
+def _check_c4(config: DetectConfig) -> None:
+    if config.detector == "c4" and config.backbone.startswith("timm:"):
+        raise UsageError(
+            f"--detector c4: it divides a ResNet after layer3, and {config.backbone} is none; "
+            "give --detector fpn"
+        )
 
 
 def open_splits(config: DetectConfig) -> tuple[DetectionDataset, DetectionDataset]:
@@ -128,10 +142,17 @@ def open_splits(config: DetectConfig) -> tuple[DetectionDataset, DetectionDatase
 
 
 def choose_detector(config: DetectConfig, train: DetectionDataset) -> DetectConfig:
-    """The config with its detector: unless given, c4 on VOC and fpn on COCO."""
+    """The config with its detector: unless given, c4 for a ResNet on VOC, else fpn.
+
+    Args:
+        config: the config of the run, with its backbone; raises `UsageError` if c4 does not fit it
+        train: the dataset to train on
+    """
+    _check_c4(config)
     if config.detector != "auto":
         return config
-    return replace(config, detector="c4" if train.kind == "voc" else "fpn")
+    c4 = train.kind == "voc" and not config.backbone.startswith("timm:")
+    return replace(config, detector="c4" if c4 else "fpn")
 
 # %% ../../nbs/detect/04_main.ipynb #c013
 def build_detector(
@@ -145,11 +166,12 @@ def build_detector(
         seed: of everything that is initialized at random
         dataset: the dataset to train on
     """
-    resnet = build_resnet(weights, seed)
+    is_timm = weights.backbone.startswith("timm:")
+    backbone = (build_timm_stages if is_timm else build_resnet)(weights, seed)
     num_classes, roi_batch_size = len(dataset.classes), config.roi_batch_size
     if config.detector == "c4":
         model = faster_rcnn_c4(
-            resnet,
+            backbone,
             num_classes,
             roi_batch_size,
             config.roi_size,
@@ -159,7 +181,7 @@ def build_detector(
         return model, False
     counts = FPN_PROPOSALS._replace(post_nms_test=config.proposals)
     masks = dataset.has_masks
-    return mask_rcnn_fpn(resnet, num_classes, roi_batch_size, counts, masks), masks
+    return mask_rcnn_fpn(backbone, num_classes, roi_batch_size, counts, masks), masks
 
 # %% ../../nbs/detect/04_main.ipynb #c016
 def train_and_score(
@@ -218,6 +240,9 @@ def _train(
 def _measure_bn(trial: Trial, model: nn.Module, data: TrainDataset, device: torch.device) -> None:
     """Precise BN on the first batches of the training, at most as many as it had."""
     count = min(trial.config.precise_bn_iters, trial.config.max_steps)
+    if count and not training_bn(model):
+        trial.message("precise BN is skipped: no BN layer is in train mode")
+        count = 0
     if not count:
         return
     torch.manual_seed(trial.seed * 1009 + distributed.rank())  # of the sampled regions
@@ -335,6 +360,7 @@ TASK = TransferTask(
     train_and_score=train_and_score,
     complete_config=choose_detector,
     batch_bytes=batch_bytes,
+    needs_resnet="",
 )
 
 

@@ -6,7 +6,7 @@
 __all__ = ['ANCHOR_SIZES', 'ASPECT_RATIOS', 'C4_PROPOSALS', 'FPN_PROPOSALS', 'STEM_LAYERS', 'RoIAlign',
            'UnroundedAnchorGenerator', 'L1RegionProposalNetwork', 'ProposalCounts', 'build_rpn', 'fastrcnn_l1_loss',
            'L1RoIHeads', 'IdentityTransform', 'build_box_predictor', 'build_roi_heads', 'stage_channels',
-           'faster_rcnn_c4', 'mask_rcnn_fpn', 'freeze_backbone', 'precise_bn']
+           'faster_rcnn_c4', 'FeaturePyramid', 'mask_rcnn_fpn', 'freeze_backbone', 'training_bn', 'precise_bn']
 
 # %% ../../nbs/detect/02_rcnn.ipynb #c002
 from collections import OrderedDict
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -25,7 +25,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference,
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import roi_align
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
 from ..augment import MEAN, STD
@@ -395,6 +395,37 @@ def faster_rcnn_c4(
         body, rpn, roi_heads, IdentityTransform(800, 1333, MEAN, STD, size_divisible=1)
     )
 
+# %% ../../nbs/detect/02_rcnn.ipynb #81900b2d
+class FeaturePyramid(nn.Module):
+    """Four maps of a backbone and the pyramid on them: N x 3 x H x W -> five maps by name.
+
+    The maps have 256 channels and one cell per 4, 8, 16, 32 and 64 pixels.
+
+    Args:
+        backbone: a complete ResNet, or a module that returns four maps by name, finest first, with
+            one cell per 4, 8, 16 and 32 pixels, and has the list of their `channels`, such as
+            `encoder.TimmStages`; it is used, not copied
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        if hasattr(backbone, "layer1"):
+            channels = stage_channels(backbone)
+            self.body = IntermediateLayerGetter(
+                backbone, {f"layer{i}": str(i) for i in range(1, 5)}
+            )
+        else:
+            channels, self.body = backbone.channels, backbone
+        self.fpn = FeaturePyramidNetwork(channels, 256, LastLevelMaxPool(), nn.BatchNorm2d)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The five maps of normalized images, finest first.
+
+        Args:
+            images: N x 3 x H x W, H and W multiples of 32
+        """
+        return self.fpn(self.body(images))
+
 # %% ../../nbs/detect/02_rcnn.ipynb #c044
 def mask_rcnn_fpn(
     backbone: nn.Module,
@@ -406,17 +437,14 @@ def mask_rcnn_fpn(
     """Build Mask R-CNN FPN with BN in the FPN, the box head and the mask head.
 
     Args:
-        backbone: a complete ResNet; it is used, not copied
+        backbone: see `FeaturePyramid`
         num_classes: without the background
         roi_batch_size: sampled regions per image in training
         counts: numbers of proposals per image
         masks: False: Faster R-CNN, without masks
     """
     norm, strides = nn.BatchNorm2d, [4, 8, 16, 32]
-    stages = {f"layer{i}": str(i) for i in range(1, 5)}
-    body = BackboneWithFPN(
-        backbone, stages, stage_channels(backbone), 256, LastLevelMaxPool(), norm
-    )
+    body = FeaturePyramid(backbone)
     rpn = build_rpn(256, tuple((size,) for size in ANCHOR_SIZES), [*strides, 64], counts)
     mask_parts = []
     if masks:
@@ -446,6 +474,12 @@ def freeze_backbone(model: nn.Module) -> list[nn.Module]:
     return modules
 
 # %% ../../nbs/detect/02_rcnn.ipynb #c055
+def training_bn(model: nn.Module) -> list[nn.Module]:
+    """The BN layers of a model that are in train mode."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return [m for m in model.modules() if isinstance(m, kind) and m.training]
+
+
 @torch.no_grad()
 def precise_bn(model: nn.Module, batches: Iterable[tuple]) -> None:
     """Replace BN's running statistics by their mean over these batches and all processes.
@@ -454,11 +488,7 @@ def precise_bn(model: nn.Module, batches: Iterable[tuple]) -> None:
         model: in train mode; layers in eval mode stay as they are
         batches: (images, targets) of each batch; not read if no layer is in train mode
     """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
-    ]
+    layers = training_bn(model)
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]

@@ -328,6 +328,7 @@ TASK = TransferTask(
     columns=table_columns,
     train_and_score=train_and_score,
     batch_bytes=batch_bytes,
+    needs_resnet="the FCN dilates the last two stages of a ResNet",
 )
 
 

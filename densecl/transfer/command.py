@@ -18,6 +18,7 @@ from ..runtime import distributed
 from ..runtime.io import UsageError, launch
 from ..runtime.workers import check_shared_memory, check_worker_limits
 from densecl.transfer.initialization import (
+    NEEDS_RESNET,
     InitialWeights,
     TransferConfig,
     parse_transfer,
@@ -61,6 +62,8 @@ class TransferTask:
             `trials.run_trials`
         complete_config: (config, training set) -> config with the fields that follow from the data
         batch_bytes: config -> bytes of a batch of all processes; 0: not known
+        needs_resnet: why the backbone cannot be a model of timm; empty: it can, if the model has
+            four stages
     """
 
     prog: str
@@ -77,6 +80,7 @@ class TransferTask:
     train_and_score: Callable[[Trial, InitialWeights, Any, Any, torch.device], dict[str, Any]]
     complete_config: Callable[[Any, Any], Any] = _unchanged
     batch_bytes: Callable[[Any], float] = _unknown
+    needs_resnet: str = NEEDS_RESNET
 
 # %% ../../nbs/transfer/03_command.ipynb #c008
 def check_splits(config: TransferConfig, train: Sized, test: Sized) -> None:
@@ -122,7 +126,7 @@ def _open_inputs(
     here, error, inputs = launch(), None, ([], None, None)
     several = here.world_size > here.local_world_size
     try:
-        initializations = resolve_all_weights(config, baselines)
+        initializations = resolve_all_weights(config, baselines, task.needs_resnet)
         train, test = task.open_splits(config)
         inputs = (initializations, train, test)
         check_splits(config, train, test)
@@ -144,7 +148,7 @@ def run_transfer(task: TransferTask, argv: list[str]) -> None:
     """
     args = parse_transfer(argv, task.default, task.presets, task.prog, task.description)
     config = args.config
-    validate_transfer(config, launch().world_size)
+    validate_transfer(config, launch().world_size, task.needs_resnet)
     task.validate(config)
     initializations, train, test = _open_inputs(task, config, args.baselines)
     config = replace(config, backbone=initializations[0].backbone)

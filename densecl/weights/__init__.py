@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from densecl.encoder import Encoder
 
 # %% auto #0
-__all__ = ['COUNTER', 'USAGE_HINTS', 'summarize_names', 'find_state_dict', 'expected_shapes', 'check_complete', 'resolve_path',
-           'padding_mode', 'backbone_state_dict', 'load_backbone', 'load_encoder', 'load_feature_encoder',
-           'extract_backbone']
+__all__ = ['COUNTER', 'USAGE_HINTS', 'summarize_names', 'find_state_dict', 'expected_shapes', 'find_mismatch', 'check_complete',
+           'resolve_path', 'padding_mode', 'backbone_state_dict', 'load_backbone', 'load_encoder',
+           'load_feature_encoder', 'extract_backbone']
 
 # %% ../../nbs/weights/03_load.ipynb #c011
 def summarize_names(names: Collection[str]) -> str:
@@ -130,11 +130,18 @@ def expected_shapes(name: str) -> dict[str, tuple[int, ...]]:
 COUNTER = "num_batches_tracked"  # batch norm's only integer buffer
 
 # %% ../../nbs/weights/03_load.ipynb #c014
-def _find_mismatch(
-    state_dict: Mapping[str, torch.Tensor], unknown: Collection[str], name: str
+def find_mismatch(
+    state_dict: Mapping[str, torch.Tensor],
+    unknown: Collection[str],
+    expected: Mapping[str, tuple[int, ...]],
 ) -> str:
-    """Return how a state dict differs from the backbone `name`; "" if it does not."""
-    expected = expected_shapes(name)
+    """Return how a state dict differs from that of a backbone; "" if it does not.
+
+    Args:
+        state_dict: tensors by key
+        unknown: further keys of the file, which have no place in the backbone
+        expected: shape of each tensor of the backbone by its key
+    """
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
     common = [key for key in expected if key in shapes]
     problems = {
@@ -185,7 +192,7 @@ def check_complete(
     counters = {key: torch.tensor(0) for key in expected if key.endswith(COUNTER)}
     if not counters.keys() & state_dict.keys():
         state_dict = {**state_dict, **counters}
-    mismatch = _find_mismatch(state_dict, unknown, name)
+    mismatch = find_mismatch(state_dict, unknown, expected)
     if mismatch:
         raise UsageError(f"{path}: does not fit {name}{likely}; {mismatch}")
     return {key: state_dict[key] for key in expected}, name
