@@ -34,7 +34,8 @@ export: .venv/installed-dev     ## after editing a notebook: format it, export d
 readme: .venv/installed-dev     ## README.md is nbs/index.ipynb without its hidden cells
 	sh tests/readme.sh $(BIN) > README.md.new && mv README.md.new README.md
 
-site: .venv/installed-dev       ## every chapter as a web page in _site/, readable offline
+site: .venv/installed-dev       ## every chapter as a web page in _site/, with a search, readable offline
+	rm -rf _site
 	$(BIN)/python tests/site_pages.py _site
 
 .venv/bin/python:
