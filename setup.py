@@ -13,7 +13,11 @@ settings.read(here / "settings.ini", encoding="utf-8")
 get = settings["DEFAULT"].get
 source = f"https://github.com/{get('user')}/{get('repo')}"
 extras = {n: get(f"{n}_requirements").split() for n in ("transfer", "timm", "remote", "dev")}
-CHAPTER_FILES = ("nbs/weights/gallery.safetensors", "benchmarks/results.jsonl")
+CHAPTER_FILES = (
+    "nbs/weights/gallery.safetensors",
+    "benchmarks/results.jsonl",
+    "benchmarks/position.jsonl",
+)
 
 
 class BuildWithChapterFiles(build_py):

@@ -14,6 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CHAPTER_FILES = (
+    "nbs/weights/gallery.safetensors",
+    "benchmarks/results.jsonl",
+    "benchmarks/position.jsonl",
+)
 pytest.importorskip("setuptools", minversion="70.1", reason="building a wheel needs setuptools")
 
 
@@ -34,8 +39,8 @@ def wheel(tmp_path_factory):
     shutil.copytree(
         ROOT / "densecl", source / "densecl", ignore=shutil.ignore_patterns("__pycache__")
     )
-    for name in ("nbs/weights/gallery.safetensors", "benchmarks/results.jsonl"):
-        (source / name).parent.mkdir(parents=True)
+    for name in CHAPTER_FILES:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", out]
     run(sys.executable, "-m", "pip", "wheel", *options, source)
@@ -81,15 +86,16 @@ def test_the_wheel_imports_from_its_own_environment(installed):
 
 def test_the_wheel_contains_the_files_that_chapters_read(installed):
     folder, env = installed
-    program = """from densecl.runtime.io import UsageError, chapter_file
-for name in ("nbs/weights/gallery.safetensors", "benchmarks/results.jsonl"):
+    program = f"""from densecl.runtime.io import UsageError, chapter_file
+for name in {CHAPTER_FILES}:
     print(chapter_file(name))
 try: chapter_file("nbs/absent.bin")
 except UsageError as e: print(e)"""
     *found, missing = run(
         folder / "venv/bin/python", "-c", program, cwd=folder, env=env
     ).stdout.splitlines()
-    assert len(found) == 2 and all(Path(p).is_relative_to(folder / "venv") for p in found)
+    assert len(found) == len(CHAPTER_FILES)
+    assert all(Path(p).is_relative_to(folder / "venv") for p in found)
     assert missing.startswith("absent.bin: not in this installation; put nbs/absent.bin")
 
 

@@ -64,17 +64,16 @@ def test_a_run_that_is_killed_continues_and_has_the_same_row(study, monkeypatch)
     def stop(encoder, voc):
         raise KeyboardInterrupt
 
+    line = f"DenseCL {study} --out killed".replace("rows.jsonl", "other.jsonl")
     monkeypatch.setattr(reproduce, "run_training", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        reproduce.main(shlex.split(f"DenseCL {study} --out killed"))
-    with monkeypatch.context() as patch:
+        reproduce.main(shlex.split(line))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reproduce, "evaluate", stop)
-        with pytest.raises(KeyboardInterrupt):
-            reproduce.main(shlex.split(f"DenseCL {study} --out killed --again"))
-    reproduce.main(shlex.split(f"DenseCL {study} --out killed --again"))
+        reproduce.main(shlex.split(line))
+    reproduce.main(shlex.split(line))
     assert killed[0] == "2"
-    first, second = map(json.loads, Path("rows.jsonl").read_text().splitlines())
-    assert second.pop("again") is True
+    first, second = (json.loads(Path(name).read_text()) for name in ("rows.jsonl", "other.jsonl"))
     assert without_times(first) == without_times(second)
     assert [point["step"] for point in first["curve"]] == [0, 2, 4]
     assert first["curve"][-1]["figures"] == first["figures"] != first["curve"][0]["figures"]
@@ -84,6 +83,18 @@ def test_a_run_that_is_killed_continues_and_has_the_same_row(study, monkeypatch)
     # nothing is left to do
     monkeypatch.setattr(reproduce, "run_method", stop)
     reproduce.main(shlex.split(f"DenseCL {study} --out other"))
+
+
+@pytest.mark.long
+def test_a_run_without_probes_has_the_matches_of_its_training(study):
+    line = study.replace("--steps 4 --probe-at 0 50", "--epochs 1")
+    reproduce.main(shlex.split(f"untrained MoCo-v2 {line} --out runs"))
+    untrained, trained = map(json.loads, Path("rows.jsonl").read_text().splitlines())
+    assert untrained["settings"] == "" and "losses" not in untrained
+    assert "curve" not in trained and trained["steps"] == 1
+    assert [row["step"] for row in trained["probes"]] == [0, 1]
+    assert trained["figures"]["match"] != untrained["figures"]["match"]
+    assert scores_of(trained)["match_images"].shape == (24, 1)
 
 
 def test_the_scores_of_images_add_up_to_the_metrics(study):
