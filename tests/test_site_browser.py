@@ -106,18 +106,26 @@ def test_no_page_is_wider_than_its_window_and_nothing_is_missing(site, width):
 
 
 def test_the_search_finds_titles_headings_and_names_before_text(site):
-    texts = ["InfoNCE", "best_match", "ground truth from geometry", "--queue-len", "xyzzy", "lmdb"]
+    page = (site / "03_correspondence.html").read_text("utf-8")
+    headings = re.findall(r'<li><a href="#([^"]+)">([^<]+)</a>', page)  # its table of contents
+    anchor, heading = max(headings, key=lambda found: len(found[1]))
+    texts = [
+        "InfoNCE",
+        "best_match",
+        html.unescape(heading).lower(),
+        "--queue-len",
+        "xyzzy",
+        "lmdb",
+    ]
     pages, errors = browse(site, SEARCH.replace("TEXTS", json.dumps(texts)), ["data/02_lmdb.html"])
     got = pages["data/02_lmdb.html"]
     assert not errors and (got["focused"], got["then"]) == ("INPUT", "A")
-    first = {text: found[0] if found else None for text, found in got["found"].items()}
-    assert first["InfoNCE"][0].endswith("/05_loss.html")
-    place, shown = first["best_match"]
-    assert place.endswith("/03_correspondence.html#densecl.correspondence.best_match")
-    assert shown == "best_match\nMethod › Dense correspondence › All cosines in one product"
-    assert first["ground truth from geometry"][0].endswith("#ground-truth-from-geometry")
-    assert first["--queue-len"] and first["xyzzy"] is None
-    assert first["lmdb"][1].startswith("The LMDB format\nData")
+    title, name, section, option, nothing, format_ = (got["found"][text] for text in texts)
+    assert title[0][0].endswith("/05_loss.html")
+    assert name[0][0].endswith("/03_correspondence.html#densecl.correspondence.best_match")
+    assert name[0][1].startswith("best_match\nMethod › Dense correspondence › ")
+    assert section[0][0].endswith(f"/03_correspondence.html#{anchor}")
+    assert option and not nothing and format_[0][1].startswith("The LMDB format\nData")
 
 
 def test_the_hover_map_follows_the_pointer(site):
