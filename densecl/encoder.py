@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['init_backbone_', 'parse_resnet_name', 'build_resnet_backbone', 'TimmBackbone', 'exclude_unused_', 'freeze_unused_',
-           'build_custom_backbone', 'build_backbone', 'TimmStages', 'build_stages', 'convert_to_sync_bn',
-           'l2_normalize', 'EncoderOutput', 'build_global_head', 'build_dense_head', 'check_features', 'Encoder']
+           'build_custom_backbone', 'build_backbone', 'l2_normalize', 'EncoderOutput', 'build_global_head',
+           'build_dense_head', 'check_features', 'Encoder', 'TimmStages', 'build_stages', 'convert_to_sync_bn']
 
 # %% ../nbs/02_encoder.ipynb #c002
 import importlib
@@ -233,78 +233,6 @@ def build_backbone(
         text = f"computes no features of 64 x 64 pixels ({reason})"
         raise ValueError(text) from None
 
-# %% ../nbs/02_encoder.ipynb #9c3c6bbd
-class TimmStages(TimmBackbone):
-    """Four feature maps of a model of timm, one cell per 4, 8, 16 and 32 pixels.
-
-    The last map is that of `TimmBackbone`. Parameters without influence on the maps
-    are excluded from training.
-
-    Args:
-        name: name of the model, such as "convnext_tiny"; raises `ValueError` if its
-            last four maps have other strides, and where `TimmBackbone` does
-
-    Attributes:
-        channels: numbers of channels of the four maps
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        maps = _measure_stages(self.eval())
-        exclude_unused_(self, torch.stack([m.sum() for m in maps]))
-        self.channels = [m.shape[1] for m in maps]
-        self.train()
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The four maps, finest first, under the names "1" to "4": N x C_i x h_i x w_i.
-
-        Args:
-            images: N x 3 x H x W, normalized
-        """
-        return {str(i): m for i, m in enumerate(self.last_maps(images, 4), 1)}
-
-
-def _measure_stages(model: TimmBackbone) -> list[Tensor]:
-    """The last four maps of an image; raises `ValueError` for other strides."""
-    height, width, example = 64, 96, "timm:convnext_tiny"
-    try:
-        maps = model.last_maps(torch.zeros(1, 3, height, width), 4)
-    except Exception as e:
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        text = f"computes no four maps of an image of {width} x {height} pixels"
-        raise ValueError(f"{text} ({reason}), as {example} does") from e
-    needed = list(STAGE_STRIDES.values())
-    sides = [tuple(m.shape[2:]) for m in maps]
-    if sides != [(height // stride, width // stride) for stride in needed]:
-        found = ", ".join(f"{height / h:g}" for h, _ in sides)
-        text = f"its last four feature maps have strides {found}, not"
-        raise ValueError(f"{text} {', '.join(map(str, needed))} as those of {example}")
-    return maps
-
-# %% ../nbs/02_encoder.ipynb #473a83cf
-def build_stages(name: str) -> TimmStages:
-    """A randomly initialized model of timm with four stages, by its name.
-
-    Args:
-        name: such as "timm:convnext_tiny"; raises `ValueError` where `TimmStages` does,
-            and if timm is not installed
-    """
-    return _build_timm(name, TimmStages)
-
-# %% ../nbs/02_encoder.ipynb #8de9ee0f
-def convert_to_sync_bn(module: nn.Module) -> nn.Module:
-    """The module with SyncBN in place of BN; activations in timm's layers are kept.
-
-    Args:
-        module: changed in place, unless it is itself a BN; the keys of its state dict
-            are kept
-    """
-    if any(type(m).__module__.startswith("timm.") for m in module.modules()):
-        from timm.layers import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(module)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-
 # %% ../nbs/02_encoder.ipynb #c033
 def l2_normalize(x: Tensor) -> Tensor:
     """Vectors of the same direction and of length 1, in float32.
@@ -442,3 +370,75 @@ class Encoder(nn.Module):
         r = self.dense_head(f)  # N x dim x h x w
         s = l2_normalize(r.mean((2, 3)))  # N x dim
         return EncoderOutput(f.detach(), q, l2_normalize(r), s)
+
+# %% ../nbs/02_encoder.ipynb #9c3c6bbd
+class TimmStages(TimmBackbone):
+    """Four feature maps of a model of timm, one cell per 4, 8, 16 and 32 pixels.
+
+    The last map is that of `TimmBackbone`. Parameters without influence on the maps
+    are excluded from training.
+
+    Args:
+        name: name of the model, such as "convnext_tiny"; raises `ValueError` if its
+            last four maps have other strides, and where `TimmBackbone` does
+
+    Attributes:
+        channels: numbers of channels of the four maps
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        maps = _measure_stages(self.eval())
+        exclude_unused_(self, torch.stack([m.sum() for m in maps]))
+        self.channels = [m.shape[1] for m in maps]
+        self.train()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The four maps, finest first, under the names "1" to "4": N x C_i x h_i x w_i.
+
+        Args:
+            images: N x 3 x H x W, normalized
+        """
+        return {str(i): m for i, m in enumerate(self.last_maps(images, 4), 1)}
+
+
+def _measure_stages(model: TimmBackbone) -> list[Tensor]:
+    """The last four maps of an image; raises `ValueError` for other strides."""
+    height, width, example = 64, 96, "timm:convnext_tiny"
+    try:
+        maps = model.last_maps(torch.zeros(1, 3, height, width), 4)
+    except Exception as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        text = f"computes no four maps of an image of {width} x {height} pixels"
+        raise ValueError(f"{text} ({reason}), as {example} does") from e
+    needed = list(STAGE_STRIDES.values())
+    sides = [tuple(m.shape[2:]) for m in maps]
+    if sides != [(height // stride, width // stride) for stride in needed]:
+        found = ", ".join(f"{height / h:g}" for h, _ in sides)
+        text = f"its last four feature maps have strides {found}, not"
+        raise ValueError(f"{text} {', '.join(map(str, needed))} as those of {example}")
+    return maps
+
+# %% ../nbs/02_encoder.ipynb #473a83cf
+def build_stages(name: str) -> TimmStages:
+    """A randomly initialized model of timm with four stages, by its name.
+
+    Args:
+        name: such as "timm:convnext_tiny"; raises `ValueError` where `TimmStages` does,
+            and if timm is not installed
+    """
+    return _build_timm(name, TimmStages)
+
+# %% ../nbs/02_encoder.ipynb #8de9ee0f
+def convert_to_sync_bn(module: nn.Module) -> nn.Module:
+    """The module with SyncBN in place of BN; activations in timm's layers are kept.
+
+    Args:
+        module: changed in place, unless it is itself a BN; the keys of its state dict
+            are kept
+    """
+    if any(type(m).__module__.startswith("timm.") for m in module.modules()):
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
