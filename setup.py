@@ -17,6 +17,7 @@ CHAPTER_FILES = (
     "nbs/weights/gallery.safetensors",
     "benchmarks/results.jsonl",
     "benchmarks/position.jsonl",
+    "benchmarks/demo.jsonl",
 )
 
 

@@ -92,7 +92,9 @@ def body(chapter):
     ends = r"<p>You are here: .*?</p>\n", r"</blockquote>\n", r"</h1>\n"
     found = [re.search(end, chapter.html, re.DOTALL) for end in ends]
     end = next(match.end() for match in found if match)
-    return chapter.html[:end] + contents(chapter) + chapter.html[end:]
+    page = chapter.html[:end] + contents(chapter) + chapter.html[end:]
+    # the README's badges would have to be fetched
+    return re.sub(r'<p>(?:(?!</p>).)*<img[^>]*src="https?:.*?</p>\n?', "", page, flags=re.DOTALL)
 
 
 def footer(here, order, chapters):

@@ -18,6 +18,7 @@ CHAPTER_FILES = (
     "nbs/weights/gallery.safetensors",
     "benchmarks/results.jsonl",
     "benchmarks/position.jsonl",
+    "benchmarks/demo.jsonl",
 )
 pytest.importorskip("setuptools", minversion="70.1", reason="building a wheel needs setuptools")
 
