@@ -63,12 +63,13 @@ def wide_views(size: int = 384) -> dict[str, Tensor]:
 
 # %% ../../nbs/evaluate/01b_before_after.ipynb #c008
 QUERY_POINTS = {  # (x, y) in pixels of the photograph
-    "engine cover": (368, 338),
-    "indicator": (475, 187),
-    "mirror": (350, 125),
-    "floor": (300, 455),
+    "front wheel": (533, 322),
+    "tank": (439, 228),
+    "seat": (252, 191),
+    "exhaust": (214, 341),
 }
-QUERY_COLORS = ("#ff7f0e", "#17becf", "#e377c2", "#2ca02c")  # orange, cyan, pink, green
+# pink, purple, green, brown; blue, orange and cyan have a meaning
+QUERY_COLORS = ("#e377c2", "#9467bd", "#2ca02c", "#8c564b")
 
 
 def query_cell(point: tuple[float, float], affine: Tensor, h: int, w: int) -> int:
@@ -117,8 +118,9 @@ def before_after_figure(
     truth = ground_truth_match(views["affine_q"], views["affine_k"], h, w)[0]
     cells = [query_cell(point, views["affine_q"][0], h, w) for point in QUERY_POINTS.values()]
     centers = cell_centers(h, w)
-    fig = plotting.new_figure(10.4, 2.15 * len(sims) + 2.9, dpi=100)
-    upper, lower = fig.subfigures(2, 1, height_ratios=(2.15 * len(sims), 2.9))
+    heights = (2.15 * len(sims) + 0.2, 3.1)  # inches
+    fig = plotting.new_figure(10.4, sum(heights), dpi=100)
+    upper, lower = fig.subfigures(2, 1, height_ratios=heights)
     axes = upper.subplots(len(sims), len(cells) + 1, squeeze=False)
     for row, (name, sim) in zip(axes, sims.items()):
         row[0].imshow(a)
@@ -130,9 +132,13 @@ def before_after_figure(
             overlay = plotting.draw_similarity(ax, b, sim[cell].view(h, w), centers[truth[cell]])
             ax.set_title(title, color=color, fontsize=10)
     plotting.add_map_bar(axes.ravel(), overlay)
+    upper.supxlabel("ring: most similar position, cross: true position", fontsize=10)
+    lower.supxlabel("mutual matches; blue: within one cell of the true position", fontsize=10)
     for ax, (name, sim) in zip(np.atleast_1d(lower.subplots(1, len(sims))), sims.items()):
         found, match, correct = mutual_matches(sim, truth, w)
-        ax.set_title(f"{name}: {int(correct.sum())} of {len(correct)} correct", fontsize=10)
+        percent = f"{correct.float().mean():.0%}"
+        title = f"{name}: {int(correct.sum())} of {len(correct)} correct ({percent})"
+        ax.set_title(title, fontsize=10)
         found, match, correct = (x[evenly_spaced(len(x), lines)] for x in (found, match, correct))
         plotting.draw_matches(ax, a, b, centers[found], centers[match], correct)
     return fig

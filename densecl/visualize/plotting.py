@@ -191,8 +191,12 @@ def draw_matches(
     ax.set_axis_off()
     starts = to_pixel_coordinates(positions_a, a)
     ends = to_pixel_coordinates(positions_b, b) + (start, 0)
-    for (x0, y0), (x1, y1), color in zip(starts, ends, _match_colors(len(starts), correct)):
-        ax.plot([x0, x1], [y0, y1], "-o", color=color, lw=1, ms=3, alpha=0.85)
+    colors = _match_colors(len(starts), correct)
+    front = [0.5] * len(starts) if correct is None else [float(c) for c in correct]
+    for (x0, y0), (x1, y1), color, z in zip(starts, ends, colors, front):
+        # correct matches in front of the others, with wider lines
+        style = {"lw": 0.8 + 0.5 * z, "alpha": 0.6 + 0.3 * z, "zorder": 2 + z}
+        ax.plot([x0, x1], [y0, y1], "-o", color=color, ms=3, **style)
 
 # %% ../../nbs/visualize/00_plotting.ipynb #c043
 MAP_TEMPERATURE = 0.1
