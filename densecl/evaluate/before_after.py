@@ -116,32 +116,40 @@ def before_after_figure(
     a, b = (denormalize(views[key][0]) for key in ("im_q", "im_k"))
     sims, (h, w) = _similarities(networks, views)
     truth = ground_truth_match(views["affine_q"], views["affine_k"], h, w)[0]
-    cells = [query_cell(point, views["affine_q"][0], h, w) for point in QUERY_POINTS.values()]
     centers = cell_centers(h, w)
     heights = (2.15 * len(sims) + 0.2, 3.1)  # inches
     fig = plotting.new_figure(10.4, sum(heights), dpi=100)
     upper, lower = fig.subfigures(2, 1, height_ratios=heights)
-    axes = upper.subplots(len(sims), len(cells) + 1, squeeze=False)
-    for row, (name, sim) in zip(axes, sims.items()):
-        row[0].imshow(a)
-        row[0].set_title(name, fontsize=10)
-        row[0].set_axis_off()
-        for ax, cell, title, color in zip(row[1:], cells, QUERY_POINTS, QUERY_COLORS):
-            at = plotting.to_pixel_coordinates(centers[cell], a)[0]
-            row[0].plot(*at, "o", mfc=color, mec="white", ms=8, mew=1.5)
-            overlay = plotting.draw_similarity(ax, b, sim[cell].view(h, w), centers[truth[cell]])
-            ax.set_title(title, color=color, fontsize=10)
-    plotting.add_map_bar(axes.ravel(), overlay)
     upper.supxlabel("ring: most similar position, cross: true position", fontsize=10)
+    axes = upper.subplots(len(sims), len(QUERY_POINTS) + 1, squeeze=False)
+    for row, (name, sim) in zip(axes, sims.items()):
+        row[0].set_title(name, fontsize=10)
+        overlay = _draw_point_maps(row, (a, b), sim.view(h, w, h, w), truth, views["affine_q"][0])
+    plotting.add_map_bar(axes.ravel(), overlay)
     lower.supxlabel("mutual matches; blue: within one cell of the true position", fontsize=10)
     for ax, (name, sim) in zip(np.atleast_1d(lower.subplots(1, len(sims))), sims.items()):
         found, match, correct = mutual_matches(sim, truth, w)
-        percent = f"{correct.float().mean():.0%}"
-        title = f"{name}: {int(correct.sum())} of {len(correct)} correct ({percent})"
-        ax.set_title(title, fontsize=10)
+        count = f"{int(correct.sum())} of {len(correct)} correct"
+        ax.set_title(f"{name}: {count} ({correct.float().mean():.0%})", fontsize=10)
         found, match, correct = (x[evenly_spaced(len(x), lines)] for x in (found, match, correct))
         plotting.draw_matches(ax, a, b, centers[found], centers[match], correct)
     return fig
+
+
+def _draw_point_maps(row, images, maps, truth, affine):
+    # view A with the query points, then the map of each over view B; the last map is returned
+    a, b = images
+    h, w = maps.shape[:2]
+    centers = cell_centers(h, w)
+    row[0].imshow(a)
+    row[0].set_axis_off()
+    for ax, title, color in zip(row[1:], QUERY_POINTS, QUERY_COLORS):
+        cell = query_cell(QUERY_POINTS[title], affine, h, w)
+        at = plotting.to_pixel_coordinates(centers[cell], a)[0]
+        row[0].plot(*at, "o", mfc=color, mec="white", ms=8, mew=1.5)
+        overlay = plotting.draw_similarity(ax, b, maps.flatten(0, 1)[cell], centers[truth[cell]])
+        ax.set_title(title, color=color, fontsize=10)
+    return overlay
 
 
 def _similarities(
