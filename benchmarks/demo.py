@@ -24,14 +24,19 @@ from densecl.runtime.io import UsageError, run_command
 
 # name -> options that differ from the preset, which trains for 1200 steps
 PUBLISHED = "--lambda-warmup 0 --geometry-warmup 0"
+WARM = "--lambda-warmup 0 --geometry-warmup 480"  # of the cheap choices
 SETTINGS = {
     "MoCo-v2 (lambda 0)": "--loss-lambda 0 --geometry-warmup 0",
     "DenseCL, as published": PUBLISHED,
     "DenseCL, lambda warm-up": "--lambda-warmup 400 --geometry-warmup 0",
     "DenseCL, geometry warm-up 25 %": "--lambda-warmup 0 --geometry-warmup 300",
-    "DenseCL, geometry warm-up 40 %": "--lambda-warmup 0 --geometry-warmup 480",
+    "DenseCL, geometry warm-up 40 %": WARM,
     "DenseCL, geometry warm-up 60 %": "--lambda-warmup 0 --geometry-warmup 720",
     "DenseCL, positives by geometry": f"{PUBLISHED} --match geometry",
+    "40 %, queue 1024": f"{WARM} --queue-len 1024",
+    "40 %, temperature 0.1": f"{WARM} --temperature 0.1",
+    "40 %, crops of 40 to 100 %": f"{WARM} --crop-scale 0.4 1.0",
+    "40 %, learning rate 0.12": f"{WARM} --lr 0.12",
 }
 COLUMNS = {"exact": "exact", "near": "within one cell", "moved": "moved points"}
 
