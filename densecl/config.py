@@ -134,7 +134,7 @@ class _Optimization(_Method):
     channels_last: bool = switch(False)
     """memory format of the convolutions"""
     loss: Literal["chunked", "reference"] = "chunked"
-    """chunked: never holds all logits; reference: the readable implementation"""
+    """chunked: does not store all logits; reference: the readable implementation"""
     augment: Literal["reference", "fast", "device"] = "fast"
     """fast: OpenCV, close to the reference; reference: Pillow, as the authors; device: color, blur
     and flip in batches on the device"""

@@ -189,7 +189,7 @@ def recommend(
     given: Mapping[str, Any] | None = None,
     world_size: int = 1,
 ) -> list[Choice]:
-    """Recommended values for images of one's own, each with its reason.
+    """Recommended values for a data set and a device, each with its reason.
 
     Args:
         num_images: number of images

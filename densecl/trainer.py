@@ -338,7 +338,7 @@ def _check_deterministic(config: Config, device: torch.device) -> None:
 
 # %% ../nbs/09_trainer.ipynb #c028
 def wrap_model(model: nn.Module, config: Config) -> nn.Module:
-    """Compile the encoders if the config says so, and wrap the model in DDP for several processes.
+    """Compile the encoders if `config.compile` is set, and wrap the model in DDP if needed.
 
     A model without encoders is compiled as one module.
 

@@ -319,7 +319,7 @@ def test_links_that_lead_nowhere_are_counted(make_images, capsys):
     Path("set/back").symlink_to("../set", target_is_directory=True)
     assert len(open_source("set")) == 6
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "2 links" in err and ("part 2" in err or "circle" in err)
+    assert err.count("\n") == 1 and "2 broken links" in err and ("part 2" in err or "circle" in err)
 
 
 @pytest.mark.parametrize("name", ["pipe.txt", "pipe.json", "pipe.tar", "pipe.lmdb", "pipe"])

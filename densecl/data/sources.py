@@ -42,8 +42,8 @@ from densecl.data.lists import (
 from ..runtime.io import UsageError, atomic_write, launch
 
 # %% ../../nbs/data/01_sources.ipynb #c008
-class ImageSource:
-    """An indexed collection of images; a subclass implements `__len__`, `name` and `read`."""
+class _UndecodedImages:
+    """The methods that a source implements."""
 
     reads_ahead = False  # whether `prefetch` is implemented
 
@@ -80,6 +80,10 @@ class ImageSource:
         Args:
             indices: 0 .. len - 1 each
         """
+
+# %% ../../nbs/data/01_sources.ipynb #a70c18c9
+class ImageSource(_UndecodedImages):
+    """An indexed collection of images; a subclass implements `__len__`, `name` and `read`."""
 
     def fetch(self, index: int) -> bytes | np.ndarray:
         """Like `read`, but errors are a `CorruptImageError` with the image's name.
