@@ -137,7 +137,8 @@ def keypoint_counts(encoder, voc):
         correct.append(within_tolerance(predicted, truth)[:, 1])
     totals = torch.tensor([len(c) for c in correct])
     correct = torch.stack([c.sum() for c in correct])
-    return {"keypoints": (correct, totals, dataset.image_ids[pairs])}
+    _, images = dataset.image_ids[pairs].unique(return_inverse=True)  # numbered from 0
+    return {"keypoints": (correct, totals, images)}
 
 
 def segmentation_counts(encoder, voc):

@@ -40,16 +40,19 @@ def resampled_accuracy(
 def resampled_mean_iou(
     counts: np.ndarray, intersection: np.ndarray, union: np.ndarray
 ) -> np.ndarray:
-    """Mean IoU of each sample, over the classes that occur in it.
+    """Mean IoU of each sample, over the classes that occur in any of the images.
 
     Args:
         counts: samples x images, from `resample_counts`
         intersection: images x classes, number of pixels that have a class and are predicted as it
         union: images x classes, number of pixels that have a class or are predicted as it
     """
-    intersection, union = counts @ intersection, counts @ union  # samples x classes
-    iou = np.divide(intersection, union, out=np.full(union.shape, np.nan), where=union > 0)
-    return np.nanmean(iou, axis=1)
+    occurs = union.any(0)
+    intersection, union = intersection[:, occurs], union[:, occurs]
+    iou = np.tile(intersection.sum(0) / union.sum(0), (len(counts), 1))  # samples x classes
+    intersection, union = counts @ intersection, counts @ union
+    np.divide(intersection, union, out=iou, where=union > 0)
+    return iou.mean(1)
 
 # %% ../../nbs/evaluate/07b_bootstrap.ipynb #c015
 def percentile_interval(differences: np.ndarray, level: float = 0.95) -> tuple[float, float]:
