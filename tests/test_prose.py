@@ -25,7 +25,6 @@ NAMES = sorted(
 NOT_REWRITTEN = {
     "00_tour",
     "08_config",
-    "09_trainer",
     "10_train",
     "12_cost",
     "16_resume",
@@ -58,7 +57,6 @@ NOT_REWRITTEN = {
     "runtime/00_io",
     "runtime/01_distributed",
     "runtime/03_checkpoint",
-    "runtime/04_metrics",
     "segment/01_transforms",
     "segment/02_main",
     "transfer/00_initialization",
