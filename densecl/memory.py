@@ -107,7 +107,8 @@ def estimate_peak(state: Any, batch: dict[str, Any], images: int) -> int:
     config = replace(state.config, accumulate=2)
     device, scaler = torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False)
     set_micro_batch(state.model, 0, 1)  # no keys of earlier micro-batches are pending
-    with distributed.without_peers(), FakeTensorMode(), MemoryCounter() as counter:
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants are real tensors
+    with distributed.without_peers(), fake_mode, MemoryCounter() as counter:
         model, optimizer = copy_without_data(state.model, state.optimizer)
         if getattr(model, "chunk", None) == "auto":
             model.chunk = resolve_chunk("auto", state.device)

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .correspondence import best_match, positive_index, positive_vectors
+from densecl.correspondence import (
+    best_match,
+    is_readable,
+    positive_index,
+    positive_vectors,
+)
 from .encoder import Encoder, EncoderOutput
 from .loss import info_nce
 from .queue import Queue
@@ -268,7 +273,7 @@ def select_rows(
     if getattr(function, "complete", False):
         return rows, None
     valid = positive_index(positives).flatten() >= 0  # (N hw)
-    if valid.device.type == "cpu" and valid.any():
+    if is_readable(valid) and valid.any():
         return [x[valid] for x in rows], None  # M x ...
     return rows, valid / valid.sum().clamp(min=1)
 
@@ -410,7 +415,8 @@ class DenseCL(MoCo):
         """The checked positives: N x hw indices, or N x hw x h'w' weights."""
         positives = self.positives(q, k)
         if not getattr(self.positives, "complete", False):
-            values = k.dense.device.type == "cpu" or self.checked != id(self.positives)
+            on_device = k.dense.device.type != "cpu"  # there, the first step is checked
+            values = is_readable(k.dense) or (on_device and self.checked != id(self.positives))
             check_positives(positives, self.positives, q.dense, k.dense, values)
             self.checked = id(self.positives)
         return positives

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import densecl
-from densecl.runtime.distributed import constant
+from densecl.runtime import distributed
 
 PACKAGE = str(Path(densecl.__file__).parent)
 CUDA = torch.device("cuda", 0)
@@ -281,7 +281,7 @@ def pretended_cuda():
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     LOG.clear()
-    constant.cache_clear()
+    distributed._constants.clear()
     try:
         with contextlib.ExitStack() as stack:
             for owner, name, value in replacements():
@@ -291,5 +291,5 @@ def pretended_cuda():
             stack.enter_context(DispatchMode())
             yield LOG
     finally:
-        constant.cache_clear()
+        distributed._constants.clear()
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)

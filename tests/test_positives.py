@@ -4,6 +4,7 @@ import functools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -11,6 +12,10 @@ import torch
 
 from densecl.config import Config, Match
 from densecl.correspondence import positive_index
+from densecl.data.loader import to_device
+from densecl.memory import estimate_peak
+from densecl.optimizers import build_optimizer
+from densecl.runtime import distributed
 from densecl.trainer import build_model
 from tiny import TINY
 
@@ -78,3 +83,30 @@ def test_every_name_of_the_option_has_a_function():
     from densecl.variants import POSITIVES
 
     assert tuple(POSITIVES) == get_args(Match)
+
+
+def estimates(config: Config, batch: dict) -> list[int]:
+    """Estimated bytes of a step of 4 and of 64 images."""
+    model = build_model(config)
+    optimizer = build_optimizer(config, [p for p in model.parameters() if p.requires_grad])
+    device = torch.device("cpu")
+    state = SimpleNamespace(config=config, model=model, optimizer=optimizer, device=device)
+    return [estimate_peak(state, batch, images) for images in (4, 64)]
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_of_a_step_is_known_for_each_choice(kind, negatives):
+    small, large = estimates(replace(SMALL, match=kind, negatives=negatives), batches()[0])
+    assert 0 < small < large
+
+
+def test_the_memory_of_a_step_is_known_before_and_after_one_with_views_of_bytes():
+    pixels = {"im_q", "im_k"}
+    batch = {k: (x * 60).to(torch.uint8) if k in pixels else x for k, x in batches()[0].items()}
+    distributed._constants.clear()
+    first = estimates(SMALL, batch)
+    assert not distributed._constants  # no fake tensor is kept
+    to_device(batch, torch.device("cpu"))
+    assert distributed._constants
+    assert estimates(SMALL, batch) == first

@@ -12,7 +12,6 @@ __all__ = ['CHECKS', 'LOST_PEER', 'COMMUNICATION', 'MESSAGE_BYTES', 'world_size'
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c002
 import ctypes
-import functools
 import inspect
 import os
 import re
@@ -420,7 +419,9 @@ def queue_copies(tensors: Sequence[Tensor], device: torch.device | str) -> list[
     return [p[: len(r)].view(x.dtype).view(x.shape) for p, r, x in zip(parts, rows, tensors)]
 
 
-@functools.cache
+_constants: dict[tuple, Tensor] = {}
+
+
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A tensor of constants on a device, copied once; it must not be changed.
 
@@ -428,7 +429,13 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
         values: the numbers
         device: target device
     """
-    return torch.tensor(values).to(device)
+    key = values, str(device)
+    if key in _constants:
+        return _constants[key]
+    x = torch.tensor(values).to(device)
+    if not hasattr(x, "fake_mode"):  # a fake tensor has no values
+        _constants[key] = x
+    return x
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c045
 class ExchangePlan(NamedTuple):
