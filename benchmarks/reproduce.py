@@ -46,10 +46,11 @@ from densecl.runtime.io import UsageError, atomic_write, lock_folder, run_comman
 
 ROOT = Path(__file__).parent.parent
 # the demo's network on images of 96 pixels, otherwise with the paper's training: no warm-up of
-# lambda; fast augmentation, one thread
+# lambda, and positives by the features from the first step; fast augmentation, one thread
 BASE = (
     "--backbone resnet18-layer3 --image-size 96 --batch-size 32 --hidden 512 --queue-len 1024 "
-    "--momentum 0.99 --lr 0.06 --lambda-warmup 0 --augment fast --workers 0 --threads 1"
+    "--momentum 0.99 --lr 0.06 --lambda-warmup 0 --geometry-warmup 0 --augment fast --workers 0 "
+    "--threads 1"
 )
 # name, as stored in the rows -> options that differ from DenseCL as published; {40%} of the steps
 METHODS = {
@@ -64,6 +65,7 @@ METHODS = {
     "mutual": "--match mutual",
     "sinkhorn": "--match sinkhorn",
     "geometry warm-up": "--geometry-warmup {40%}",
+    "geometry warm-up 480": "--geometry-warmup 480",  # of 10600 steps: 5 %
     "lambda warm-up": "--lambda-warmup {40%}",
     "intra-image": "--negatives intra-image",
     "position": "--negatives position",
@@ -102,6 +104,8 @@ RENAMED_METHODS = {
 }
 # options in rows from before they were renamed -> today's options
 RENAMED_OPTIONS = {
+    # the demo had no geometry warm-up then
+    "--lambda-warmup 0 --augment": "--lambda-warmup 0 --geometry-warmup 0 --augment",
     "--match true": "--match geometry",
     "--match agreed": "--match verified",
     "--match centred": "--match centered",

@@ -16,6 +16,7 @@ from densecl.config import Config
 from densecl.evaluate.bootstrap import resampled_accuracy, resampled_mean_iou
 from densecl.evaluate.features import untrained_like
 from densecl.runtime.io import UsageError, run_command
+from densecl.train import parse_args
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evaluation
@@ -44,6 +45,25 @@ def without_times(value):
 
 def scores_of(row):
     return np.load(io.BytesIO(base64.b64decode(row["scores"])))
+
+
+def test_the_published_method_does_not_depend_on_the_demo_preset():
+    """The demo starts with positives by geometry; the study's DenseCL must not."""
+    args = Namespace(steps=1060, epochs=20, per_epoch=53)
+    words = shlex.split(reproduce.settings("DenseCL", 0, args))
+    config = parse_args(["demo", *words, "--data-root", "images"]).config
+    assert (config.method, config.match, config.negatives) == ("densecl", "backbone", "pooled")
+    assert (config.geometry_warmup, config.lambda_warmup, config.loss_lambda) == (0, 0, 0.5)
+    assert (config.optimizer, config.schedule, config.crop_scale) == ("sgd", "epoch", (0.2, 1.0))
+    warm = shlex.split(reproduce.settings("geometry warm-up", 0, args))
+    assert parse_args(["demo", *warm, "--data-root", "images"]).config.geometry_warmup == 424
+
+
+def test_rows_from_before_a_change_of_options_are_found():
+    path = Path(reproduce.__file__).with_name("results.jsonl")
+    args = Namespace(steps=1060, epochs=20, per_epoch=53, again=False, probe_at=[], results=path)
+    for method in ("untrained", "MoCo-v2", "DenseCL", "geometry", "geometry warm-up", "T 0.1"):
+        assert reproduce.has_row(method, 0, args), method
 
 
 @pytest.mark.long
@@ -127,7 +147,9 @@ def test_rows_are_recognized_by_settings_and_by_their_curve(tmp_path):
     args = options(results=str(results))
     assert not reproduce.has_row("geometry", 0, args)
     row = {"method": "true", "seed": 0, "settings": reproduce.settings("geometry", 0, args)}
-    results.write_text(json.dumps(row | {"settings": row["settings"].replace("geometry", "true")}))
+    results.write_text(
+        json.dumps(row | {"settings": row["settings"].replace("--match geometry", "--match true")})
+    )
     assert reproduce.has_row("geometry", 0, args)  # a row from before the renaming
     assert not reproduce.has_row("geometry", 1, args)
     assert not reproduce.has_row("DenseCL", 0, args)
