@@ -415,8 +415,8 @@ class DenseCL(MoCo):
         """The checked positives: N x hw indices, or N x hw x h'w' weights."""
         positives = self.positives(q, k)
         if not getattr(self.positives, "complete", False):
-            on_device = k.dense.device.type != "cpu"  # there, the first step is checked
-            values = is_readable(k.dense) or (on_device and self.checked != id(self.positives))
+            first = k.dense.device.type != "cpu" and self.checked != id(self.positives)
+            values = is_readable(k.dense) or first  # elsewhere, only in the first step
             check_positives(positives, self.positives, q.dense, k.dense, values)
             self.checked = id(self.positives)
         return positives
