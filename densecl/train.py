@@ -8,6 +8,7 @@ __all__ = ['parser', 'preset_table', 'drop_dense_options', 'parse_args', 'run_pl
 
 # %% ../nbs/10_train.ipynb #c002
 import math
+import re
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -191,7 +192,7 @@ def _start_of(config: Config) -> str:
 
 # %% ../nbs/10_train.ipynb #f1f6bdc4
 def optimizer_hints(config: Config) -> list[str]:
-    """Advice if the learning rate or the weight decay is unusual for the optimizer.
+    """Advice if the optimizer, its learning rate or its weight decay is unusual.
 
     Args:
         config: the config of the run
@@ -204,6 +205,9 @@ def optimizer_hints(config: Config) -> list[str]:
         decay = f"--weight-decay {config.weight_decay:g}"
         usual = f"1e-6 and --lr {0.3 * scale:.2g} for {config.batch_size} images per step"
         return [f"{given} {decay}: MoCo v3 trains ResNet-50 with {usual}"]
+    if config.optimizer == "sgd" and re.match(r"timm:.*(convnext|vit|swin|deit)", config.backbone):
+        usual = "--optimizer adamw --lr 5e-4 --weight-decay 0.05"
+        return [f"--backbone {config.backbone} is usually trained with AdamW, such as {usual}"]
     return []
 
 # %% ../nbs/10_train.ipynb #c021
