@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLIC_RUN', 'MARKS', 'COLORS', 'GRAY', 'ReferenceLosses', 'reference_losses', 'chance_accuracy', 'trained_losses',
            'recent_rows', 'collapse_signs', 'advice', 'CollapseMonitor', 'Finding', 'Trend', 'measure_trend',
-           'loss_trend', 'diagnose', 'diagnose_matches', 'judge_run', 'report', 'plot_run', 'main']
+           'loss_trend', 'trend_deadline', 'diagnose', 'diagnose_matches', 'judge_run', 'report', 'plot_run', 'main']
 
 # %% ../nbs/11_doctor.ipynb #c002
 import math
@@ -268,6 +268,16 @@ def loss_trend(rows: Rows, config: Config, name: str, start: int) -> Finding:
     return Finding(level, f"{summary}; {remark}")
 
 # %% ../nbs/11_doctor.ipynb #c033
+def trend_deadline(reference: ReferenceLosses, start: int = 0) -> int:
+    """Step before which a loss need not fall: 20 times the steps that fill the queue.
+
+    Args:
+        reference: reference values of the run
+        start: first step at which the loss is trained
+    """
+    return start + max(20 * reference.full_step, 300)
+
+
 def _judge_trend(trend: Trend, reference: ReferenceLosses, start: int) -> tuple[str, str]:
     """Level and remark of a trend."""
     full = start + reference.full_step
@@ -286,7 +296,7 @@ def _judge_trend(trend: Trend, reference: ReferenceLosses, start: int) -> tuple[
         )
     if trend.peak - trend.now > 0.05:
         return "ok", f"{'falling after a rise' if trend.peak > trend.first else 'falling'}: normal"
-    deadline = start + max(20 * reference.full_step, 300)
+    deadline = trend_deadline(reference, start)
     if trend.last_step < deadline:
         return "early", f"not falling yet, which is normal before step {deadline}"
     return "bad", "it does not fall"
@@ -348,16 +358,17 @@ def _diagnose_skipped(rows: Rows, config: Config) -> list[Finding]:
     return [Finding(*found)] if found else []
 
 # %% ../nbs/11_doctor.ipynb #c039b
-def diagnose_matches(probes: Rows) -> list[Finding]:
+def diagnose_matches(probes: Rows, deadline: int = 0) -> list[Finding]:
     """Findings about the probe `match`: against the same cell, and against the untrained network.
 
     Args:
         probes: rows of metrics.jsonl with results of probes; other probes are ignored
+        deadline: step before which a network may answer as it did untrained
     """
     from densecl.evaluate.correspondence import judge_match_rows
 
     rows = [row for row in probes if row.get("probe") == "match" and "same_cell" in row]
-    return [Finding(level, text) for level, text in judge_match_rows(rows)]
+    return [Finding(level, text) for level, text in judge_match_rows(rows, deadline)]
 
 # %% ../nbs/11_doctor.ipynb #c041
 def _own_loss(rows: Rows) -> Finding:
@@ -380,7 +391,8 @@ def judge_run(rows: Rows, config: Config, probes: Rows = ()) -> tuple[str, list[
     else:
         losses = trained_losses(config).items()
         findings += [loss_trend(rows, config, name, start) for name, start in losses]
-    findings += diagnose(rows, config) + diagnose_matches(probes)
+    deadline = trend_deadline(reference_losses(config), config.lambda_warmup)
+    findings += diagnose(rows, config) + diagnose_matches(probes, deadline)
     levels = {finding.level for finding in findings}
     if "bad" in levels:
         return "not normal", findings

@@ -148,15 +148,16 @@ def _improved(first: dict[str, float | None], last: dict[str, float | None]) -> 
     return max((last[key] or 0) - (first[key] or 0) for key in last) > 0.01
 
 # %% ../../nbs/evaluate/01_correspondence.ipynb #c014c
-def judge_match_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+def judge_match_rows(rows: Sequence[dict[str, Any]], deadline: int = 0) -> list[tuple[str, str]]:
     """Judge the results of `match_probe` during a run: against the same cell and the first row.
 
     Args:
         rows: of metrics.jsonl: `step`, and the scores of each part of the network
+        deadline: step before which a network may answer as it did untrained
 
     Returns:
-        pairs of level and text: "bad": it answers the same cell; "note": no better than the
-        untrained network; "ok"
+        pairs of level and text: "bad": it answers the same cell; "early": it does, as before
+        the training; "note": no better than the untrained network; "ok"
     """
     judgments = []
     for part in ("backbone", "dense") if rows else ():
@@ -167,7 +168,12 @@ def judge_match_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         exact, same, moved = ("-" if v is None else f"{v:.3f}" for v in values)
         text = f"probe match, {part}: exact {exact}, the same cell {same}, moved {moved}"
         trained = rows[-1]["step"] > 0
-        if trained and _answers_same_cell(rows[-1], part):
+        step = rows[-1]["step"]
+        since_start = rows[0]["step"] == 0 and _answers_same_cell(rows[0], part)
+        if 0 < step < deadline and since_start and _answers_same_cell(rows[-1], part):
+            remark = f"as before the training, which is normal before step {deadline}"
+            judgments.append(("early", f"{text}: it answers the same cell, {remark}"))
+        elif trained and _answers_same_cell(rows[-1], part):
             judgments.append(("bad", f"{text}: it answers the same cell; {SAME_CELL_ADVICE}"))
         elif trained and rows[0]["step"] == 0 and not _improved(first, last):
             judgments.append(("note", f"{text}: no better than before the training"))
