@@ -63,8 +63,6 @@ NOT_REWRITTEN = {
     "transfer/01_trials",
     "transfer/03_command",
     "visualize/02_matches",
-    "weights/01_formats",
-    "weights/03_load",
 }
 
 # chapters whose code is read without scrolling on a screen of 1280 pixels

@@ -92,7 +92,7 @@ def _choose_dict(content: Any, path: Path | str, average: bool) -> tuple[str, ..
         formats.check_run_backbone(content, path)
     return place
 
-
+# %% ../../nbs/weights/03_load.ipynb #c007bj
 def find_state_dict(
     content: Any, path: Path | str, average: bool = False
 ) -> dict[str, torch.Tensor]:
@@ -250,7 +250,7 @@ def _below_prefix(
         f"{path}: no key begins with --prefix {prefix}; it holds {summarize_names(raw)}"
     )
 
-
+# %% ../../nbs/weights/03_load.ipynb #c021bj
 def _choose_kind(
     names: Mapping[str, str], average: bool, path: Path | str
 ) -> tuple[state_dict_keys.CheckpointKind, bool]:

@@ -16,11 +16,11 @@ __all__ = ['released_table', 'parser', 'main']
 def released_table() -> list[str]:
     """Return the released checkpoints as lines of text, below a header.
 
-    The columns are name, backbone, size, and the paper's scores; at the end of the line, the URL
-    or a note that the file is in torch.hub's cache.
+    The columns are name, backbone, size, and the authors' scores, followed by the URL or a note
+    that the file is in torch.hub's cache.
     """
     header = f"{'name':28} {'backbone':9} {'MB':>4} {'VOC AP':>7} {'mIoU':>5}  "
-    lines = [header + "(the paper's scores, fine-tuned on VOC)"]
+    lines = [header + "(the authors' scores, fine-tuned on VOC)"]
     for name, checkpoint in released.items():
         cached = hub.cached_path(name).is_file()
         lines.append(

@@ -198,7 +198,7 @@ def _to_tensors(value: Any) -> Any:
     native = value.dtype.newbyteorder("=") if numbers else None
     return torch.from_numpy(value.astype(native)) if numbers else value
 
-
+# %% ../../nbs/weights/01_formats.ipynb #c016bj
 def read_pickle(path: Path | str) -> Any:
     """Return the content of a pickle of Python 2 or 3, with numpy arrays as tensors.
 
@@ -354,7 +354,7 @@ def write_state_dict(
     with atomic_write(out) as file:
         file.write(content) if isinstance(content, bytes) else torch.save(content, file)
 
-
+# %% ../../nbs/weights/01_formats.ipynb #c026j
 def check_output(out: Path | str, name_or_path: str | Path) -> None:
     """Raise `UsageError` if `out` cannot be written or is the file to read.
 
@@ -382,7 +382,7 @@ def run_tensors(content: Any) -> dict[str, torch.Tensor] | None:
         return None
     return model if any(str(key).startswith("encoder_q.backbone.") for key in model) else None
 
-
+# %% ../../nbs/weights/01_formats.ipynb #c061w
 OWN_BACKBONE = "densecl.hooks:own_backbone"  # in the config of a run whose model was given
 
 
@@ -407,7 +407,7 @@ def check_run_backbone(content: Any, path: Path | str) -> None:
         )
     check_backbone_name(name, path)
 
-
+# %% ../../nbs/weights/01_formats.ipynb #c061k
 def timm_tensors(
     content: Any, key_encoder: bool = False
 ) -> tuple[dict[str, torch.Tensor], str] | None:
@@ -425,7 +425,7 @@ def timm_tensors(
     prefix = f"encoder_{'k' if key_encoder else 'q'}.backbone.net."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, name
 
-
+# %% ../../nbs/weights/01_formats.ipynb #c061j
 def check_backbone_name(name: str, path: Path | str) -> None:
     """Raise `UsageError` if a file names a backbone that would run code of the user.
 

@@ -29,7 +29,7 @@ __all__ = ['released', 'DOWNLOAD_TIMEOUT', 'ReleasedCheckpoint', 'resolve_name',
 
 # %% ../../nbs/weights/02_hub.ipynb #c005
 class ReleasedCheckpoint(NamedTuple):
-    """A backbone that the authors released, with its scores in the paper.
+    """A backbone that the authors released, with the scores that they report.
 
     Attributes:
         file: file name at the source and in the cache
@@ -131,7 +131,7 @@ def known_hash(path: Path, sha256: str = "") -> str:
     in_name = re.search(r"-([0-9a-f]{8,64})\.[^.]+$", path.name)
     return (found or (in_name[1] if in_name else "")).lower()
 
-
+# %% ../../nbs/weights/02_hub.ipynb #c016j
 def _check_hash(file: Path, expected: str, name: str) -> None:
     """Raise `UsageError` unless the hash of `file` begins with `expected`."""
     found = file_hash(file) if expected else ""
@@ -202,7 +202,7 @@ def fetch(url: str, path: Path, sha256: str = "", name: str = "") -> Path:
         temporary.unlink(missing_ok=True)
     return path
 
-
+# %% ../../nbs/weights/02_hub.ipynb #c016fj
 def download(name: str, sha256: str = "") -> Path:
     """Download a released file into torch.hub's cache, unless it is there, and return its path.
 

@@ -98,7 +98,7 @@ def timm_pretrained(model: str) -> dict[str, Tensor]:
     options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     return timm.create_model(model, num_classes=0, **options).state_dict()
 
-
+# %% ../../nbs/weights/03b_initial.ipynb #c010j
 def match_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under the names that are wanted, with the prefix that fits most; may be incomplete.
 
@@ -115,7 +115,7 @@ def match_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
 
     return max(map(below, sorted(ends)), key=len)
 
-
+# %% ../../nbs/weights/03b_initial.ipynb #c010jj
 def find_other(backbone: nn.Module, name: str, init: str) -> dict[str, Tensor]:
     """Initial weights for a backbone of another library; raises `UsageError` if they do not fit.
 
@@ -168,7 +168,7 @@ def load_initial_(backbone: nn.Module, name: str, init: str) -> None:
 def initial_backbone(init: str) -> str:
     """Name of the backbone of initial weights, such as "resnet50" or "timm:convnext_tiny".
 
-    Raises `UsageError` if the file cannot be read or does not tell.
+    Raises `UsageError` if the file cannot be read or its backbone is unknown.
 
     Args:
         init: see `load_initial_`; empty and "supervised", which have no backbone of their own,

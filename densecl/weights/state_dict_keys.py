@@ -216,7 +216,7 @@ def canonical_keys(keys: Collection[str]) -> dict[str, str]:
         plain = {key.split(".", 1)[1]: old for key, old in plain.items()}
     return plain
 
-
+# %% ../../nbs/weights/00_state_dict_keys.ipynb #c023bj
 def wrapped_backbones(keys: Collection[str], average: bool = False) -> list[str]:
     """Prefixes below which a ResNet is, made of `WRAPPERS` only, the shortest first.
 
@@ -358,7 +358,7 @@ def _check_official(
 ) -> None:
     """Raise `ValueError` if the keys or shapes differ; the `backbone.*` aliases are optional."""
     required = {key for key in official if not key.startswith("backbone.")}
-    wrong_shapes = [
+    other_shapes = [
         f"{key} {list(state_dict[key].shape)} for {list(official[key].shape)}"
         for key in sorted(required & set(state_dict))
         if state_dict[key].shape != official[key].shape
@@ -366,7 +366,7 @@ def _check_official(
     problems = {
         "missing": sorted(required - set(state_dict)),
         "not in the model": sorted(set(state_dict) - set(official)),
-        "of another shape": wrong_shapes,
+        "of another shape": other_shapes,
     }
     for problem, keys in problems.items():
         if keys:
