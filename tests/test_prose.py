@@ -59,9 +59,6 @@ NOT_REWRITTEN = {
     "runtime/03_checkpoint",
     "segment/01_transforms",
     "segment/02_main",
-    "transfer/00_initialization",
-    "transfer/01_trials",
-    "transfer/03_command",
     "visualize/02_matches",
 }
 

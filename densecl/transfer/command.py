@@ -41,10 +41,10 @@ def _unknown(config: TransferConfig) -> float:
     """A size that is not known before the run."""
     return 0
 
-
+# %% ../../nbs/transfer/03_command.ipynb #c006j
 @dataclass(frozen=True)
 class TransferTask:
-    """A downstream task: what a transfer command has of its own.
+    """A downstream task: the parts in which transfer commands differ.
 
     Attributes:
         prog: name of the command, such as "densecl segment"
@@ -56,7 +56,7 @@ class TransferTask:
         metric: name of the main score, such as "miou"
         validate: checks the task's own fields before a file is read; raises `UsageError`
         open_splits: config -> (dataset to train on, dataset to score on); raises `UsageError`
-        hints: (config, training set) -> advice before the run, in whole sentences
+        hints: (config, training set) -> advice before the run, in complete sentences
         columns: (config, training set, test set) -> columns of `report.results_table`
         train_and_score: (trial, weights, training set, test set, device) -> scores, see
             `trials.run_trials`
@@ -110,8 +110,9 @@ def schedule_hint(config: TransferConfig, published_steps: int) -> list[str]:
         return []
     return [f"the schedule of {published_steps} steps is scaled to {config.max_steps}"]
 
-
+# %% ../../nbs/transfer/03_command.ipynb #c008j
 def _print_hints(hints: list[str], device: torch.device) -> None:
+    """Print the hints of a run on stderr, on rank 0."""
     if distributed.world_size() > 1 and device.type != "cuda":
         hints = [*hints, "SyncBN needs GPUs; on the CPU each process has its own BN statistics"]
     if distributed.rank() == 0:
@@ -138,13 +139,13 @@ def _open_inputs(
         distributed.raise_together(error, config.device, TIMEOUT)
     return inputs
 
-
+# %% ../../nbs/transfer/03_command.ipynb #c010j
 def run_transfer(task: TransferTask, argv: list[str]) -> None:
     """Run a transfer command: check, train every trial from each initialization, print the table.
 
     Args:
         task: the downstream task
-        argv: the arguments; raises `UsageError` for wrong ones
+        argv: the arguments; raises `UsageError` for invalid ones
     """
     args = parse_transfer(argv, task.default, task.presets, task.prog, task.description)
     config = args.config

@@ -138,7 +138,7 @@ def parse_transfer(
     """Arguments with `config` (the preset's fields, then the given options) and `baselines`.
 
     Args:
-        argv: the arguments; raises `UsageError` for wrong ones
+        argv: the arguments; raises `UsageError` for invalid ones
         default: the command's config without a preset, with its default run folder
         presets: name -> the fields in which a protocol differs from the defaults
         prog: name of the command
@@ -161,7 +161,7 @@ NEEDS_RESNET = "a ResNet is needed here"
 def validate_transfer(
     config: TransferConfig, world_size: int = 1, needs_resnet: str = NEEDS_RESNET
 ) -> None:
-    """Raise `UsageError` when a field is out of range or missing; the message has what is right.
+    """Raise `UsageError` when a field is out of range or missing; the message states what is valid.
 
     Args:
         config: the config to check
@@ -170,11 +170,11 @@ def validate_transfer(
     """
     for field in fields(config):
         value = getattr(config, field.name)
-        wrong = validate_field(field, value)
+        problem = validate_field(field, value)
         if field.name in ("trials", "max_steps") and value < 1:
-            wrong = "must be above 0"
-        if wrong:
-            raise UsageError(f"{option_name(field.name)} {value}: {wrong}")
+            problem = "must be above 0"
+        if problem:
+            raise UsageError(f"{option_name(field.name)} {value}: {problem}")
     if not config.weights:
         raise UsageError(
             "--weights is empty; give a file of weights, a released name, random or supervised"
@@ -192,8 +192,9 @@ def validate_transfer(
         )
     check_output_folder(config.out)
 
-
+# %% ../../nbs/transfer/00_initialization.ipynb #c011j
 def _check_backbone_name(backbone: str, needs_resnet: str) -> None:
+    """Raise `UsageError` unless a task can use this backbone."""
     is_timm = backbone.startswith("timm:")
     if backbone in ("", *BACKBONES) or (is_timm and not needs_resnet):
         return
@@ -203,7 +204,7 @@ def _check_backbone_name(backbone: str, needs_resnet: str) -> None:
 
 # %% ../../nbs/transfer/00_initialization.ipynb #c018
 class InitialWeights(NamedTuple):
-    """The weights that a backbone starts from.
+    """The weights with which a backbone is initialized.
 
     Attributes:
         name: as it was given: random, supervised, timm-pretrained, a released name, a path
@@ -269,8 +270,9 @@ def resolve_weights(
         )
     return InitialWeights(str(name), base, state_dict, file_hash(path), random_stages)
 
-
+# %% ../../nbs/transfer/00_initialization.ipynb #c021j
 def _check_expected(name: Path | str, found: str, backbone: str) -> None:
+    """Raise `UsageError` unless the weights are those of the given backbone; "": any."""
     base = found if ":" in found else found.partition("-")[0]
     if backbone and backbone != base:
         raise UsageError(
@@ -407,7 +409,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as e:
         raise UsageError(f"{path}: cannot be read ({type(e).__name__}); delete it") from None
 
-
+# %% ../../nbs/transfer/00_initialization.ipynb #c041j
 CHANGEABLE_FIELDS = {
     *("out", "trials", "device", "workers", "threads", "log_every", "save_every"),
     *("data_root", "weights"),  # their content is compared, not their path

@@ -14,7 +14,7 @@ from .initialization import CHANGEABLE_FIELDS, TransferConfig
 
 # %% ../../nbs/transfer/02_report.ipynb #c005
 class PaperResult(NamedTuple):
-    """A row of the paper's transfer results on VOC, in percent; None: not published.
+    """A row of the published transfer results on VOC, in percent; None: not published.
 
     Attributes:
         initialization: method and length of the pre-training

@@ -168,7 +168,7 @@ def check_batch_size(config: TransferConfig, num_images: int) -> None:
             "each step needs a complete batch"
         )
 
-
+# %% ../../nbs/transfer/01_trials.ipynb #c012j
 def trial_loader(
     trial: Trial, dataset: Dataset, first: int, last: int, collate: Callable | None = None
 ) -> DataLoader:
@@ -321,9 +321,10 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _std(values: list[float]) -> float:
+    """Standard deviation of a sample; 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
-
+# %% ../../nbs/transfer/01_trials.ipynb #c027j
 def summarize_trials(
     config: TransferConfig, weights: InitialWeights, results: list[dict[str, Any]], metric: str
 ) -> dict[str, Any]:
@@ -383,8 +384,9 @@ def open_run_folder(
                     f.write(strict_json(content | ({"data": data} if data else {}), indent=1))
         yield folder
 
-
+# %% ../../nbs/transfer/01_trials.ipynb #c030k
 def _make_folder(folder: Path) -> None:
+    """Create a folder; raise `UsageError` if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -412,7 +414,7 @@ def plan_trials(
     check_same_on_all_ranks(progress, {"": "give an --out that all machines share"})
     return trials
 
-
+# %% ../../nbs/transfer/01_trials.ipynb #c031v
 def run_planned_trials(
     trials: list[Trial],
     weights: InitialWeights,
@@ -452,7 +454,7 @@ def run_planned_trials(
                     f.write(strict_json(summary, indent=1))
     return summary
 
-
+# %% ../../nbs/transfer/01_trials.ipynb #c031j
 def run_trials(
     config: TransferConfig,
     weights: InitialWeights,
