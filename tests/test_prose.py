@@ -57,8 +57,6 @@ NOT_REWRITTEN = {
     "runtime/00_io",
     "runtime/01_distributed",
     "runtime/03_checkpoint",
-    "segment/01_transforms",
-    "segment/02_main",
     "visualize/02_matches",
 }
 

@@ -134,7 +134,7 @@ class TestDataset(Dataset):
         image, mask = self.dataset.load(index)
         return to_test_tensor(image, self.short_side), torch.from_numpy(mask)
 
-
+# %% ../../nbs/segment/02_main.ipynb #c016j
 def evaluated_indices(n: int, limit: int = 0) -> list[int]:
     """Indices of the images that are scored: evenly spaced, with the first and the last one.
 
@@ -149,7 +149,7 @@ def evaluated_indices(n: int, limit: int = 0) -> list[int]:
 def _predictions(
     model: nn.Module, dataset: SegmentationDataset, config: SegmentConfig, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(predicted mask, true mask) of this process's share of the images."""
+    """(predicted mask, true mask) of the images that this process scores."""
     indices = evaluated_indices(len(dataset), config.eval_images)
     indices = indices[distributed.rank() :: distributed.world_size()]
     loader = DataLoader(
@@ -163,7 +163,7 @@ def _predictions(
     for image, mask in progress:
         yield predict_mask(model, image.to(device), tuple(mask.shape), config), mask
 
-
+# %% ../../nbs/segment/02_main.ipynb #c019j
 def evaluate_model(
     model: nn.Module, dataset: SegmentationDataset, config: SegmentConfig, device: torch.device
 ) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def train_and_score(
         figure.savefig(trial.folder / "predictions.png")
     return scores
 
-
+# %% ../../nbs/segment/02_main.ipynb #c029j
 def _train(
     trial: Trial,
     model: nn.Module,
@@ -251,6 +251,7 @@ def _train(
     dataset: SegmentationDataset,
     device: torch.device,
 ) -> None:
+    """Train the network of a trial; see `train_and_score` for the arguments."""
     config = trial.config
     crops = SegmentationCrops(dataset, config.crop_size, standard_short_side(config), trial.seed)
 
@@ -292,7 +293,7 @@ def open_splits(config: SegmentConfig) -> tuple[SegmentationDataset, Segmentatio
     train.hints = list(dict.fromkeys(train.hints + test.hints))
     return train, test
 
-
+# %% ../../nbs/segment/02_main.ipynb #c031j
 def hints(config: SegmentConfig, train: SegmentationDataset) -> list[str]:
     """Advice before a run: about the labels, and whether the schedule is scaled."""
     published = SegmentConfig(**PRESETS.get(config.preset, {}))
@@ -333,7 +334,7 @@ TASK = TransferTask(
 
 
 def main(argv: list[str]) -> None:
-    """Run the segment command; raises `UsageError` for wrong input."""
+    """Run the segment command; raises `UsageError` for invalid input."""
     run_transfer(TASK, argv)
 
 

@@ -32,7 +32,7 @@ def dilate_(resnet: ResNet, stages: tuple[str, ...] = ("layer3", "layer4")) -> R
             dilation = _dilate_block_(block, dilation)
     return resnet
 
-
+# %% ../../nbs/segment/00_fcn.ipynb #c011j
 def _dilate_block_(block: nn.Module, dilation: int) -> int:
     """Remove the block's strides; return the dilation of the convolutions behind it."""
     for name, module in block.named_modules():  # in the order in which they run
@@ -57,7 +57,7 @@ def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
 
-
+# %% ../../nbs/segment/00_fcn.ipynb #c017j
 class FCNHead(nn.Module):
     """mmsegmentation's FCN head: 3 x 3 convolutions, dropout, a 1 x 1 convolution to the classes.
 
@@ -114,6 +114,7 @@ def build_fcn(weights: InitialWeights, num_classes: int, seed: int) -> FCN:
 
 # %% ../../nbs/segment/00_fcn.ipynb #c024
 def _pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Mean cross-entropy over all pixels; void pixels have the loss 0."""
     return F.cross_entropy(logits, masks, reduction="none", ignore_index=VOID).mean()
 
 

@@ -49,7 +49,7 @@ def is_single_class(mask: np.ndarray, max_fraction: float = 0.75) -> bool:
     counts = np.bincount(mask[mask != VOID].ravel(), minlength=1)
     return bool(counts.max() >= max_fraction * counts.sum())
 
-
+# %% ../../nbs/segment/01_transforms.ipynb #c010j
 def sample_crop(
     mask: np.ndarray, size: int, rng: np.random.Generator, tries: int = 10
 ) -> tuple[int, int]:
@@ -80,7 +80,7 @@ def scale_levels(image: np.ndarray, gain: float = 1.0, shift: float = 0.0) -> np
     """
     return np.clip(image.astype(np.float32) * gain + shift, 0, 255).astype(np.uint8)
 
-
+# %% ../../nbs/segment/01_transforms.ipynb #c016j
 def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Distort brightness, contrast, saturation and hue at random: H x W x 3 uint8.
 
