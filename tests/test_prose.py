@@ -36,8 +36,6 @@ NOT_REWRITTEN = {
     "data/04b_remote",
     "data/05_dataset",
     "data/10_main",
-    "detect/00_boxes",
-    "detect/01_average_precision",
     "detect/02_rcnn",
     "detect/03_finetune",
     "detect/04_main",

@@ -35,6 +35,7 @@ class Detections(NamedTuple):
 
 # %% ../../nbs/detect/01_average_precision.ipynb #c008
 def _area(boxes: np.ndarray) -> np.ndarray:
+    """Area of each box: N."""
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
@@ -138,6 +139,7 @@ def correct_matches(matches: ClassMatches, threshold: float) -> np.ndarray:
 
 # %% ../../nbs/detect/01_average_precision.ipynb #c020
 def _mean_ap(ap: np.ndarray) -> float | None:
+    """Mean over all entries; None if there are none."""
     return float(ap.mean()) if len(ap) else None
 
 
@@ -159,7 +161,7 @@ def summarize_ap(ap: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
         },
     }
 
-
+# %% ../../nbs/detect/01_average_precision.ipynb #c020j
 def voc_ap(
     annotations: Sequence[ImageBoxes], detections: Sequence[Detections], classes: Sequence[str]
 ) -> dict[str, Any]:
@@ -209,7 +211,7 @@ def _coco_annotations(labels: ImageBoxes, image: dict, first_id: int) -> list[di
         entries.append(entry)
     return entries
 
-
+# %% ../../nbs/detect/01_average_precision.ipynb #c027j
 def _coco_detections(found: Detections, image: dict) -> list[dict]:
     """The detections in an image as entries of COCO's format for results."""
     entries = []
@@ -268,7 +270,7 @@ def _coco_precision(content: dict, results: list[dict], kind: str) -> np.ndarray
         evaluation.accumulate()
     return evaluation.eval["precision"][:, :, :, 0, 2]  # all sizes, 100 detections per image
 
-
+# %% ../../nbs/detect/01_average_precision.ipynb #c030j
 def coco_ap(
     annotations: Sequence[ImageBoxes],
     detections: Sequence[Detections],

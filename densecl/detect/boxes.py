@@ -61,7 +61,7 @@ class ImageBoxes(NamedTuple):
         """N bool: objects that do not count in a score, difficult ones and crowds."""
         return self.difficult | self.crowd
 
-
+# %% ../../nbs/detect/00_boxes.ipynb #c009j
 def make_image_boxes(
     name: str, size: tuple[int, int] | None, objects: Sequence[tuple]
 ) -> ImageBoxes:
@@ -145,7 +145,7 @@ def _read_xml(path: Path) -> ElementTree.Element:
             "in VOC the boxes of an image are in an XML file"
         ) from None
 
-
+# %% ../../nbs/detect/00_boxes.ipynb #c015j
 def _voc_object(element: ElementTree.Element, classes: Sequence[str], path: Path) -> tuple:
     """(box, label, difficult, crowd, outline) of an object; raises `UsageError`."""
     name = element.findtext("name", "").strip()
@@ -312,7 +312,7 @@ def _coco_objects(
                 reason = e
         yield (box, entry["label"], False, is_crowd(entry), outline), reason, entry["name"]
 
-
+# %% ../../nbs/detect/00_boxes.ipynb #c031j
 def parse_coco_boxes(coco: CocoAnnotations, masks: bool = True) -> list[ImageBoxes]:
     """The labels of each image of a COCO file.
 
