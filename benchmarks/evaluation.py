@@ -47,7 +47,7 @@ def position_leakage(encoder, batch):
     """How much of the matches is position information leaked by zero padding.
 
     A cell's mean feature over one half of the views is compared with the features of the other
-    half, as in nbs/guides/ablations.ipynb.
+    half, as in nbs/guides/position_leakage.ipynb.
 
     Args:
         encoder: the network

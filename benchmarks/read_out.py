@@ -3,8 +3,8 @@
     python benchmarks/reproduce.py read-out --voc VOCdevkit [RUN_FOLDER | WEIGHTS ...]
 
 Untrained networks with three kinds of padding, and the given networks: weight files, or run
-folders, of which each checkpoint is read that --probe-at has left. The table of
-nbs/guides/results.ipynb is from benchmarks/position.jsonl, one row per network.
+folders, of which each checkpoint is read that --probe-at has left. The figure of
+nbs/guides/position_leakage.ipynb is from benchmarks/position.jsonl, one row per network.
 """
 
 import argparse

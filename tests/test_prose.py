@@ -50,7 +50,6 @@ NOT_REWRITTEN = {
     "guides/gallery",
     "guides/own_images",
     "guides/pretrained_weights",
-    "guides/results",
     "index",
     "runtime/00_io",
     "runtime/01_distributed",
