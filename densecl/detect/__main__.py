@@ -61,7 +61,7 @@ from ..visualize.plotting import CORRECT_COLOR, INCORRECT_COLOR, draw_boxes, pan
 # %% ../../nbs/detect/04_main.ipynb #c007
 @dataclass(frozen=True)
 class DetectConfig(TransferConfig):
-    """All choices of a detection transfer."""
+    """Options of the detection transfer."""
 
     backbone: str = ""
     """resnet18, resnet34, resnet50, resnet101; with fpn also a model of timm with four stages, such
@@ -80,7 +80,7 @@ class DetectConfig(TransferConfig):
     short_side: int = 800
     """of test images in pixels; training sizes and the anchors of c4 are scaled alike"""
     roi_batch_size: int = 512
-    """regions per image that the head learns from"""
+    """regions per image on which the head is trained"""
     proposals: int = 1000
     """regions per image that the head classifies in the test"""
     roi_size: int = 14
@@ -108,15 +108,16 @@ def validate_detect(config: DetectConfig) -> None:
             raise UsageError(f"{option_name(name)} {value}: must be at least {low}")
     _check_c4(config)
 
-
+# %% ../../nbs/detect/04_main.ipynb #c011v
 def _check_c4(config: DetectConfig) -> None:
+    """Raise `UsageError` for C4 with a backbone that is no ResNet."""
     if config.detector == "c4" and config.backbone.startswith("timm:"):
         raise UsageError(
             f"--detector c4: it divides a ResNet after layer3, and {config.backbone} is none; "
             "give --detector fpn"
         )
 
-
+# %% ../../nbs/detect/04_main.ipynb #c011j
 def open_splits(config: DetectConfig) -> tuple[DetectionDataset, DetectionDataset]:
     """The datasets to train on and to test on; raises `UsageError`.
 
@@ -140,7 +141,7 @@ def open_splits(config: DetectConfig) -> tuple[DetectionDataset, DetectionDatase
     check_batch_size(config, sum(not labels.crowd.all() for labels in train.annotations))
     return train, test
 
-
+# %% ../../nbs/detect/04_main.ipynb #c011jj
 def choose_detector(config: DetectConfig, train: DetectionDataset) -> DetectConfig:
     """The config with its detector: unless given, c4 for a ResNet on VOC, else fpn.
 
@@ -158,12 +159,12 @@ def choose_detector(config: DetectConfig, train: DetectionDataset) -> DetectConf
 def build_detector(
     config: DetectConfig, weights: InitialWeights, seed: int, dataset: DetectionDataset
 ) -> tuple[nn.Module, bool]:
-    """Build (the detector, whether it learns masks).
+    """Build (the detector, whether it predicts masks).
 
     Args:
         config: the config of the run, with its detector
         weights: initial weights of the backbone
-        seed: of everything that is initialized at random
+        seed: seed of what is initialized randomly
         dataset: the dataset to train on
     """
     is_timm = weights.backbone.startswith("timm:")
@@ -214,10 +215,11 @@ def train_and_score(
         plot_detections(test, found).savefig(trial.folder / "detections.png")
     return score_detections(test, found, masks and test.has_masks)
 
-
+# %% ../../nbs/detect/04_main.ipynb #c016v
 def _train(
     trial: Trial, model: nn.Module, data: TrainDataset, schedule: Schedule, device: torch.device
 ) -> None:
+    """Train the detector of a trial; see `train_and_score` for the arguments."""
     config = trial.config
     frozen = freeze_backbone(model) if config.freeze else []
     parameters = parameter_groups(model, config.weight_decay)
@@ -236,7 +238,7 @@ def _train(
         trial, model, optimizer, learning_rate, build_loader, compute_losses, device, frozen
     )
 
-
+# %% ../../nbs/detect/04_main.ipynb #c016j
 def _measure_bn(trial: Trial, model: nn.Module, data: TrainDataset, device: torch.device) -> None:
     """Precise BN on the first batches of the training, at most as many as it had."""
     count = min(trial.config.precise_bn_iters, trial.config.max_steps)
@@ -257,7 +259,7 @@ def plot_detections(
     n: int = 6,
     min_score: float = 0.5,
 ) -> Figure:
-    """Images in pairs: the labels (gray: not counted), then the detections, blue where correct.
+    """Images in pairs: labels (black; gray: not counted), and detections (blue: correct).
 
     Args:
         dataset: images and boxes
@@ -272,7 +274,7 @@ def plot_detections(
         image, labels = dataset.load(index)
         for ax in (left, right):
             ax.imshow(image)
-        colors = ["0.7" if ignored else "#1f77b4" for ignored in labels.ignored]
+        colors = ["0.6" if ignored else "0.15" for ignored in labels.ignored]
         names = [dataset.classes[label - 1] for label in labels.labels]
         draw_labeled_boxes(left, labels.boxes, colors, names)
         detections = found[index]
@@ -324,7 +326,7 @@ def table_columns(
         columns |= {f"mask {names[k]}": (None, f"mask_{k}") for k in names}
     return columns
 
-
+# %% ../../nbs/detect/04_main.ipynb #c023j
 def hints(config: DetectConfig, train: DetectionDataset) -> list[str]:
     """Advice before a run: schedule, learning rate, missing masks."""
     published = DetectConfig(**PRESETS["voc" if config.detector == "c4" else "coco"])
@@ -365,7 +367,7 @@ TASK = TransferTask(
 
 
 def main(argv: list[str]) -> None:
-    """Run the detect command; raises `UsageError` for wrong input."""
+    """Run the detect command; raises `UsageError` for invalid input."""
     run_transfer(TASK, argv)
 
 

@@ -207,7 +207,7 @@ SCHEDULES = {
     "fpn": Schedule(90_000, (60_000, 80_000), 1000, tuple(range(640, 801, 32)), 1333),
 }
 
-
+# %% ../../nbs/detect/03_finetune.ipynb #c024j
 def scale_schedule(schedule: Schedule, steps: int, short_side: int) -> Schedule:
     """Scale a schedule to another number of steps and another image size.
 
@@ -319,7 +319,7 @@ def progress(batches: Iterable, name: str, total: int) -> Iterable:
     hidden = True if distributed.rank() else None  # None: shown on a terminal only
     return tqdm(batches, name, total, disable=hidden, leave=False, dynamic_ncols=True)
 
-
+# %% ../../nbs/detect/03_finetune.ipynb #c036j
 @torch.no_grad()
 def predict(
     model: nn.Module,
@@ -385,7 +385,7 @@ def predict_all(
     dist.all_gather_object(parts, own)
     return {index: detections for part in parts for index, detections in part.items()}
 
-
+# %% ../../nbs/detect/03_finetune.ipynb #c040j
 def score_detections(
     dataset: DetectionDataset, detections: Mapping[int, Detections], masks: bool = False
 ) -> dict[str, Any]:

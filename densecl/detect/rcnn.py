@@ -35,7 +35,7 @@ from ..runtime import distributed
 class RoIAlign(nn.Module):
     """RoIAlign with `aligned=True`, each box on the feature map of its size.
 
-    torchvision's own pooler, `MultiScaleRoIAlign`, is half a cell off.
+    torchvision's own pooler, `MultiScaleRoIAlign`, is shifted by half a cell.
 
     Args:
         output_size: cells S along a side of the result
@@ -73,6 +73,7 @@ class RoIAlign(nn.Module):
         return pooled
 
     def _align(self, feature_map: Tensor, rois: Tensor, stride: int) -> Tensor:
+        """Crop regions, M x 5, from one feature map."""
         return roi_align(feature_map, rois, self.output_size, 1 / stride, 0, aligned=True)
 
 # %% ../../nbs/detect/02_rcnn.ipynb #c015
@@ -158,7 +159,7 @@ class ProposalCounts(NamedTuple):
 C4_PROPOSALS = ProposalCounts(12_000, 2_000, 6_000, 1_000)
 FPN_PROPOSALS = ProposalCounts(2_000, 1_000, 1_000, 1_000)
 
-
+# %% ../../nbs/detect/02_rcnn.ipynb #c020j
 def build_rpn(
     in_channels: int,
     anchor_sizes: Sequence[tuple[float, ...]],
@@ -302,7 +303,7 @@ class IdentityTransform(GeneralizedRCNNTransform):
         """Return the detections unchanged."""
         return result
 
-
+# %% ../../nbs/detect/02_rcnn.ipynb #c029j
 def build_box_predictor(in_channels: int, num_classes: int) -> FastRCNNPredictor:
     """Build the two linear layers for class and box, with detectron2's initialization.
 
@@ -358,7 +359,7 @@ def stage_channels(backbone: nn.Module) -> list[int]:
     """Channels of the outputs of layer1 to layer4 of a ResNet."""
     return [64 * 2**i * backbone.layer1[0].expansion for i in range(4)]
 
-
+# %% ../../nbs/detect/02_rcnn.ipynb #c032j
 def faster_rcnn_c4(
     backbone: nn.Module,
     num_classes: int,
@@ -479,7 +480,7 @@ def training_bn(model: nn.Module) -> list[nn.Module]:
     kind = nn.modules.batchnorm._BatchNorm
     return [m for m in model.modules() if isinstance(m, kind) and m.training]
 
-
+# %% ../../nbs/detect/02_rcnn.ipynb #c055j
 @torch.no_grad()
 def precise_bn(model: nn.Module, batches: Iterable[tuple]) -> None:
     """Replace BN's running statistics by their mean over these batches and all processes.
