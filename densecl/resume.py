@@ -278,7 +278,7 @@ def open_training_views(
     """Check the config, and return the dataset of view pairs with its fingerprint. A collective.
 
     Args:
-        config: the config of the run; raises `UsageError` on all ranks if it is wrong, or if one
+        config: the config of the run; raises `UsageError` on all ranks if it is invalid, or if one
             rank cannot open the data
         views: dataset of images or view pairs, see `build_views`. Default: the images of
             config.data_root

@@ -98,7 +98,7 @@ def parse_args(argv: list[str]) -> Namespace:
     """Arguments with `preset`, `list` and `config`: the preset with the given options.
 
     Args:
-        argv: arguments of the command; raises `UsageError` if one is wrong
+        argv: arguments of the command; raises `UsageError` if one is invalid
     """
     args = parser(Config()).parse_args(argv)
     if args.list:

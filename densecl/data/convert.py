@@ -369,7 +369,7 @@ def convert_to_lmdb(
 ) -> dict[str, Any]:
     """Write a source to a database, or resume an interrupted conversion; return the metadata.
 
-    Raises `UsageError` for a wrong path and `RunError` if the conversion fails.
+    Raises `UsageError` for an invalid path and `RunError` if the conversion fails.
 
     Args:
         source: the images

@@ -96,7 +96,7 @@ def write_checkpoint(data: memoryview | bytes, folder: Path | str, step: int, ke
         oldest.unlink()
     fsync_folder(folder)
 
-
+# %% ../../nbs/runtime/03_checkpoint.ipynb #c017j
 def save_checkpoint(state: dict[str, Any], folder: Path | str, step: int, keep: int) -> None:
     """Serialize and write a checkpoint.
 
@@ -110,7 +110,7 @@ def save_checkpoint(state: dict[str, Any], folder: Path | str, step: int, keep: 
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c024
 def first_corrupt_entry(path: Path | str) -> str | None:
-    """Name of the first entry of a zip archive with a wrong checksum, or None.
+    """Name of the first entry of a zip archive with an incorrect checksum, or None.
 
     Args:
         path: any file; for a file that is not a zip archive, the result is None

@@ -179,7 +179,7 @@ def communication_error(error: RuntimeError) -> RunError | None:
         return RunError("another process has ended; its message contains the reason")
     return RunError(f"the processes cannot exchange data ({first_lines(error)}); check {CHECKS}")
 
-
+# %% ../../nbs/runtime/01_distributed.ipynb #c013j
 @contextmanager
 def distributed_session() -> Iterator[None]:
     """Context manager that leaves the process group; a lost peer becomes a `RunError`."""
@@ -302,7 +302,7 @@ def raise_on_all_ranks() -> Iterator[None]:
             raise RunError("")
         raise UsageError(f"rank {number}: {text}" if number else text)
 
-
+# %% ../../nbs/runtime/01_distributed.ipynb #c026j
 def raise_together(error: UsageError | None, device: str, timeout: float) -> None:
     """Join the process group and raise an error of one rank on all ranks. A collective.
 
@@ -418,7 +418,7 @@ def queue_copies(tensors: Sequence[Tensor], device: torch.device | str) -> list[
     parts = queue_copy(torch.cat(padded), device).split(sizes)
     return [p[: len(r)].view(x.dtype).view(x.shape) for p, r, x in zip(parts, rows, tensors)]
 
-
+# %% ../../nbs/runtime/01_distributed.ipynb #c074j
 _constants: dict[tuple, Tensor] = {}
 
 

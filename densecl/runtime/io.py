@@ -145,6 +145,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 # %% ../../nbs/runtime/00_io.ipynb #c049
 def _replace_nonfinite(value: Any) -> Any:
+    """The value with None in place of numbers that are not finite."""
     if isinstance(value, dict):
         return {name: _replace_nonfinite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -165,7 +166,7 @@ def strict_json(value: Any, indent: int | None = None) -> str:
 
 # %% ../../nbs/runtime/00_io.ipynb #c020
 class UsageError(Exception):
-    """A wrong input: one line that states what is wrong and what would be right.
+    """An invalid input: one line that states which input is invalid and which would be valid.
 
     Attributes:
         status: exit status of a command that ends with this error, 2
@@ -175,7 +176,7 @@ class UsageError(Exception):
 
 # %% ../../nbs/runtime/00_io.ipynb #c022
 class RunError(UsageError):
-    """A run that ended although its input was right, such as for a full disk; exit status 1."""
+    """A run that ended although its input was valid, such as for a full disk; exit status 1."""
 
     status = 1
 
@@ -261,8 +262,8 @@ def machine_error(error: BaseException) -> UsageError | None:
     if isinstance(error, MemoryError):
         advice = MACHINE_ERRORS[r"(Cannot|can't) allocate memory"]
     if advice:
-        wrong_input = getattr(error, "errno", None) == errno.ENAMETOOLONG
-        return (UsageError if wrong_input else RunError)(f"{advice} ({text[:300]})")
+        invalid_input = getattr(error, "errno", None) == errno.ENAMETOOLONG
+        return (UsageError if invalid_input else RunError)(f"{advice} ({text[:300]})")
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return RunError(text)
     return None
