@@ -32,7 +32,6 @@ NOT_REWRITTEN = {
     "guides/change_the_method",
     "guides/cluster",
     "guides/coming_from",
-    "guides/gallery",
     "guides/own_images",
     "guides/pretrained_weights",
     "index",

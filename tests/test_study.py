@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,12 @@ from densecl.evaluate.bootstrap import resampled_accuracy, resampled_mean_iou
 from densecl.evaluate.features import untrained_like
 from densecl.runtime.io import UsageError, run_command
 from densecl.train import parse_args
+from densecl.trainer import train
+from tiny import TINY
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evaluation
+import figures
 import reproduce
 
 LEFT_OUT = ("seconds", "images_per_s", "commit")  # differ from run to run
@@ -204,3 +208,26 @@ def test_the_read_out_of_a_folder_is_of_each_checkpoint(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="give a run folder"):
         reproduce.read_out.checkpoints(tmp_path / "empty")
+
+
+def test_the_figures_of_two_runs_are_of_their_checkpoints(tmp_path, monkeypatch, make_images):
+    monkeypatch.chdir(tmp_path)
+    make_images(tmp_path / "images", 8)
+    config = replace(TINY, data_root="images", max_steps=2, save_every=1, keep_checkpoints=3)
+    train(replace(config, out="dense", geometry_warmup=1))
+    train(replace(config, out="moco", method="mocov2"))
+    line = "dense moco --steps 0 2 --out . --results rows.jsonl"
+    figures.main(shlex.split(line))
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    names = ["DenseCL with geometry warm-up", "MoCo-v2"]
+    assert [(row.pop("run"), row.pop("step")) for row in rows] == [
+        (name, step) for name in names for step in (0, 2)
+    ]
+    # both runs start with the same backbone, and differ after two steps
+    assert rows[0] == rows[2] and len({json.dumps(row) for row in rows}) == 3
+    pair = figures.PairOfViews(TINY.image_size)
+    assert rows[3]["exact"] == round(pair.scores(figures.load_at("moco", TINY, 2))["exact"], 4)
+    for name in ("matches_during_training", "maps_by_method"):
+        assert Path(f"{name}.jpg").stat().st_size > 10_000
+    with pytest.raises(UsageError, match="--keep-checkpoints"):
+        figures.main(shlex.split(line.replace("0 2", "0 3")))
