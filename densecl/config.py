@@ -310,7 +310,7 @@ FRACTION_FIELDS = ("momentum", "sgd_momentum", "loss_lambda", "max_corrupt_fract
 LARGEST_VALUES = {"seed": 2**32 - 1, "hue": 0.5, "solarize_threshold": 255}
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
 
-
+# %% ../nbs/08_config.ipynb #c041v
 def validate_field(field: Field, value: Any) -> str:
     """What is wrong with a single value, as text; empty if the value is valid.
 
@@ -339,7 +339,7 @@ def validate_field(field: Field, value: Any) -> str:
         return f"must be at most {LARGEST_VALUES[field.name]}"
     return "must not be below 0" if value < 0 else ""
 
-
+# %% ../nbs/08_config.ipynb #c041j
 def _validate_range(name: str, value: Any) -> str:
     numbers = isinstance(value, (tuple, list)) and len(value) == 2
     numbers = numbers and all(isinstance(x, (int, float)) and math.isfinite(x) for x in value)
@@ -429,7 +429,7 @@ def validate_config(config: Config, world_size: int = 1, need_data: bool = False
         )
     check_paths(config, need_data)
 
-
+# %% ../nbs/08_config.ipynb #c046j
 def _option(config: Config, name: str) -> str:
     value = getattr(config, name)
     words = value if isinstance(value, (tuple, list)) else [value]
@@ -468,7 +468,7 @@ def fitting_queue_len(images: int) -> int:
     """
     return min(COCO.queue_len, 2 ** (max(images, 1).bit_length() - 1))
 
-
+# %% ../nbs/08_config.ipynb #c052j
 def config_hints(config: Config, preset: Config, images: int) -> list[str]:
     """Advice on the learning rate, the queue length and the grid, one sentence each.
 

@@ -200,7 +200,7 @@ def estimate_sizes(config: Config, world_size: int = 1) -> dict[str, int]:
         "gradients": round(2 * sent * 4 * parameters),
     }
 
-
+# %% ../nbs/12_cost.ipynb #c022j
 def _shuffled_bytes(config: Config, model: MoCo, images: Tensor, key: Any) -> int:
     """Bytes of the key images and of the outputs that are sent back."""
     size = 2 if config.amp in ("bf16", "fp16") else 4  # bytes per number under autocast
@@ -386,7 +386,7 @@ def _input_line(config: Config, cost: StepCost, world_size: int, loaded: float) 
     limit = "; loading is the limit" if loaded < trained else ""
     return f"{line}training needs {trained:.0f}{limit}"
 
-
+# %% ../nbs/12_cost.ipynb #c034j
 def cost_report(
     config: Config, images: int, cost: StepCost, world_size: int = 1, loaded: float | None = None
 ) -> str:

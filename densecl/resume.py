@@ -179,7 +179,7 @@ def dataset_fingerprint(dataset: Any) -> dict[str, Any]:
         fingerprint["labels"] = _sha1(map(_label_key, progress_bar(annotations, desc="labels")))
     return fingerprint
 
-
+# %% ../nbs/16_resume.ipynb #c017j
 def splits_fingerprint(train: Any, test: Any) -> dict[str, Any]:
     """One fingerprint of a training set and a test set.
 
@@ -221,7 +221,7 @@ def rank_difference(rows: list[dict[str, str]]) -> str:
             return f"{name} {', '.join(places)}"
     return ""
 
-
+# %% ../nbs/16_resume.ipynb #c020j
 def check_same_on_all_ranks(values: Mapping[str, str], remedy: Mapping[str, str]) -> None:
     """Raise the same `UsageError` on all ranks if a value differs between them. A collective.
 
@@ -381,7 +381,7 @@ def option_changes(saved: Mapping[str, Any], config: Config, images: int) -> lis
             changes.append(f"{name} {before[name]} (now {now[name]}{note})")
     return changes
 
-
+# %% ../nbs/16_resume.ipynb #c029j
 def check_checkpoint(
     saved: Mapping[str, Any],
     config: Config,

@@ -151,7 +151,7 @@ def run_plan(config: Config, images: int, world_size: int = 1) -> str:
     }
     return "\n".join(f"{subject:8}{text}" for subject, text in lines.items())
 
-
+# %% ../nbs/10_train.ipynb #c017j
 def _describe_batch(config: Config, world_size: int) -> str:
     """Images per step, per process and per micro-batch."""
     local, count = config.batch_size // world_size, config.accumulate
@@ -265,7 +265,7 @@ def own_choices(argv: list[str], config: Config, images: int) -> list[Choice]:
         for c in choices
     ]
 
-
+# %% ../nbs/10_train.ipynb #c022av
 def check_run(argv: list[str], args: Namespace) -> tuple[Config, list[Choice], ImageSource]:
     """The complete config, the choices of `own`, and the images.
 
@@ -289,7 +289,7 @@ def check_run(argv: list[str], args: Namespace) -> tuple[Config, list[Choice], I
         )
     return config, choices, source
 
-
+# %% ../nbs/10_train.ipynb #c022aj
 def check_together(
     argv: list[str], args: Namespace
 ) -> tuple[Config, list[Choice], ImageSource] | None:

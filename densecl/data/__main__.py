@@ -222,7 +222,7 @@ def hint_lines(source: ImageSource) -> list[str]:
     """
     return [f"hint: {hint}" for hint in image_hints(source)]
 
-
+# %% ../../nbs/data/10_main.ipynb #c022j
 def describe_dataset(
     root: Path | str, include: str = "", exclude: str = "", device: Device | None = None
 ) -> list[str]:

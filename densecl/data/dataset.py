@@ -165,7 +165,7 @@ def file_mode(path: Path | str) -> int:
         reason = getattr(e, "strerror", None) or e
         raise UsageError(f"--data-root {one_line(path)[:500]}: cannot be read ({reason})") from e
 
-
+# %% ../../nbs/data/05_dataset.ipynb #c021j
 def find_source_type(root: Path | str) -> SourceType:
     """The kind of source at a path.
 
@@ -225,7 +225,7 @@ class NamePatterns:
             self.unused = [word for word in self.unused if word not in found]
         return bool(found)
 
-
+# %% ../../nbs/data/05_dataset.ipynb #c062j
 class SubsetSource(ImageSource):
     """A selection of the images of a source.
 
@@ -390,7 +390,7 @@ def find_few_colors(source: ImageSource, samples: int = 24) -> tuple[int, str, l
     patterns = [pattern for group in found if (pattern := group_pattern(group, other))]
     return (count, examples[0], patterns) if len(examples) > 1 else None
 
-
+# %% ../../nbs/data/05_dataset.ipynb #c067j
 def group_pattern(group: tuple[str, str], other: list[tuple[str, str]]) -> str:
     """A pattern that matches a group and no other group; empty if there is none.
 

@@ -50,7 +50,7 @@ def gray_values(image: Image.Image) -> np.ndarray:
     # Pillow reads unsigned 32-bit numbers as signed ones
     return values.view(np.uint32) if is_unsigned and image.mode == "I" else values
 
-
+# %% ../../nbs/data/00_decode.ipynb #c008j
 def to_eight_bit(image: Image.Image) -> Image.Image:
     """Convert a grayscale image with more than 8 bits to 8 bits; other images are unchanged.
 
@@ -142,7 +142,7 @@ def check_color_bits(image: Image.Image, raw_mode: str) -> None:
     if highest < 16:
         raise CorruptImageError("16 bits per color, at most 12 used; convert it to 8 bits")
 
-
+# %% ../../nbs/data/00_decode.ipynb #c018j
 def decode_image(raw: bytes | np.ndarray, name: str = "", upright: bool = True) -> Image.Image:
     """Decode an image to an RGB image; raises `CorruptImageError` if that fails.
 
@@ -181,7 +181,7 @@ def _warn_of_orientation(name: str) -> None:
     end = "not rotated unless the labels' size says otherwise"
     print(f"densecl: {one_line(name)} {text} {end}", file=sys.stderr, flush=True)
 
-
+# %% ../../nbs/data/00_decode.ipynb #o002j
 def decode_labeled_image(
     raw: bytes | np.ndarray, name: str = "", size: tuple[int, int] | None = None
 ) -> Image.Image:

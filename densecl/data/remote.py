@@ -107,7 +107,7 @@ def check_response(response: bytes | BaseException, requested: ByteRange) -> str
         reason = "it has fewer bytes than in its index, so it was changed"
     raise RunError(f"{one_line(requested.url)}: {reason}")
 
-
+# %% ../../nbs/data/04b_remote.ipynb #c016j
 def read_ranges(requested: Sequence[ByteRange], tries: int = 7, pause: float = 0.1) -> list[bytes]:
     """The bytes of several ranges, requested at the same time.
 
@@ -252,7 +252,7 @@ def save_remote_index(url: str, content: bytes) -> str:
             f.write(content)
         return str(path)
 
-
+# %% ../../nbs/data/04b_remote.ipynb #c028j
 def load_remote_index(url: str) -> ShardIndex:
     """The stored index of a remote shard.
 

@@ -89,7 +89,7 @@ def index_archive(file: BinaryIO, size: int, name: str) -> ShardIndex:
     sizes = np.array(sizes, np.int64)
     return ShardIndex(PackedStrings.pack(names), packed_labels, np.array(offsets, np.int64), sizes)
 
-
+# %% ../../nbs/data/04_shards.ipynb #c017j
 def index_shard(path: Path | str) -> ShardIndex:
     """Index a tar archive on the disk.
 
@@ -132,7 +132,7 @@ def index_from_arrays(arrays: dict[str, np.ndarray]) -> ShardIndex:
         raise ValueError("arrays of different lengths")
     return index
 
-
+# %% ../../nbs/data/04_shards.ipynb #c020j
 def cached_shard_index(path: Path | str) -> ShardIndex:
     """The index of a tar archive, from the cache unless the archive has changed.
 
