@@ -35,7 +35,6 @@ NOT_REWRITTEN = {
     "guides/own_images",
     "guides/pretrained_weights",
     "index",
-    "visualize/02_matches",
 }
 
 # chapters whose code is read without scrolling on a screen of 1280 pixels

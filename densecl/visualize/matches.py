@@ -105,7 +105,8 @@ def sample_mutual_matches(f_a: Tensor, f_b: Tensor, n: int = 40) -> tuple[Tensor
     return sampled, sim[0].argmax(1)[sampled]
 
 # %% ../../nbs/visualize/02_matches.ipynb #c014
-POINT_COLORS = ("#ff7f0e", "#1f77b4", "#9467bd")  # orange, blue, purple
+# pink, purple, green, brown; blue, orange and cyan have a meaning
+POINT_COLORS = ("#e377c2", "#9467bd", "#2ca02c", "#8c564b")
 
 
 def _draw_point_maps(
@@ -131,6 +132,14 @@ def _draw_point_maps(
         ax.set_title(f"point {i + 1}", color=color, fontsize=10)
     plotting.add_map_bar(others, overlay)
 
+# %% ../../nbs/visualize/02_matches.ipynb #c015a
+def _two_rows(a: np.ndarray, b: np.ndarray, points: int) -> tuple[Figure, SubFigure, SubFigure]:
+    """A figure with an upper row for two images and a lower row for maps of some points."""
+    aspect_a, aspect_b = (image.shape[0] / image.shape[1] for image in (a, b))
+    heights = (4.4 * max(aspect_a, aspect_b), 9 / (points + 1) * aspect_b + 0.3)  # inches
+    fig = plotting.new_figure(9, sum(heights))
+    return fig, *fig.subfigures(2, 1, height_ratios=heights)
+
 # %% ../../nbs/visualize/02_matches.ipynb #c016
 def show_matches(
     encoder: Encoder,
@@ -142,9 +151,8 @@ def show_matches(
 ) -> Figure:
     """Draw the matches of two images and the similarity maps of some points.
 
-    The upper row shows both images, with lines between mutual nearest neighbors. The lower row
-    shows the points in the first image and the similarity of each point with all positions of
-    the second image; a ring marks the most similar position.
+    Upper row: lines between mutual nearest neighbors. Lower row: the points, and the similarity of
+    each with all positions of the second image; a ring marks the most similar one.
 
     Args:
         encoder: encoder in eval mode, such as `densecl.weights.load_feature_encoder` returns
@@ -170,19 +178,14 @@ def show_matches(
     from densecl.correspondence import cell_centers, similarity
 
     f_a, f_b = feature_grids(encoder, [a, b], features)
-    grid_a = f_a.shape[2:]
-    grid_b = f_b.shape[2:]
+    grid_a, grid_b = f_a.shape[2:], f_b.shape[2:]
     index_a, index_b = sample_mutual_matches(f_a, f_b, n)
     maps = similarity(f_a, f_b)[0].view(*grid_a, *grid_b).numpy()
-    a = np.array(a)
-    b = np.array(b)
-    aspect_a, aspect_b = (image.shape[0] / image.shape[1] for image in (a, b))
-    heights = (4.4 * max(aspect_a, aspect_b), 9 / (len(points) + 1) * aspect_b + 0.3)  # inches
-    fig = plotting.new_figure(9, sum(heights))
-    upper, lower = fig.subfigures(2, 1, height_ratios=heights)
-    positions_a = cell_centers(*grid_a)[index_a]
-    positions_b = cell_centers(*grid_b)[index_b]
-    plotting.draw_matches(upper.subplots(), a, b, positions_a, positions_b)
+    a, b = np.array(a), np.array(b)
+    fig, upper, lower = _two_rows(a, b, len(points))
+    from_left = (index_a % grid_a[1]).argsort(stable=True)
+    ends = cell_centers(*grid_a)[index_a[from_left]], cell_centers(*grid_b)[index_b[from_left]]
+    plotting.draw_matches(upper.subplots(), a, b, *ends)
     _draw_point_maps(lower, a, b, maps, points)
     return fig
 
