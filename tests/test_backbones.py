@@ -43,7 +43,7 @@ def message(function, *args):
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224"])
-def test_a_model_of_timm_is_trained_resumed_extracted_probed_and_drawn(name, place):
+def test_a_model_of_timm_is_trained_resumed_extracted_probed_and_drawn(name, place, capsys):
     timm = pytest.importorskip("timm")
     options = [*OPTIONS, "--backbone", f"timm:{name}", "--probe", ""]
     train([*options, "--out", "whole", "--max-steps", "3"])
@@ -64,7 +64,15 @@ def test_a_model_of_timm_is_trained_resumed_extracted_probed_and_drawn(name, pla
         extract_backbone, "whole/last.pt", "backbone.pkl", "detectron2"
     )
     assert f"of a run with --backbone timm:{name}" in message(resolve_weights, "whole/last.pt")
-    evaluate.main(shlex.split("match --weights whole/last.pt --data-root images --image-size 64"))
+    probe = shlex.split("match --data-root images --image-size 64 --limit 8 --weights")
+    evaluate.main([*probe, "whole/last.pt"])
+    evaluate.main([*probe, "backbone.pth", "--backbone", f"timm:{name}"])
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    run, file = (json.loads(line)["rows"] for line in tables)
+    assert run["whole backbone"] == file["backbone backbone"] != file["untrained backbone"]
+    assert "give --backbone timm:NAME, too" in message(evaluate.main, [*probe, "backbone.pth"])
+    other = [*probe, "backbone.pth", "--backbone", "timm:resnet10t"]
+    assert "does not fit timm:resnet10t" in message(evaluate.main, other)
     show(
         ["--weights", "whole/last.pt", "--out", "matches.png", "--images"]
         + ["images/image-00.png", "images/image-01.png"]

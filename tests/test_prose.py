@@ -28,7 +28,6 @@ NOT_REWRITTEN = {
     "evaluate/04_stereo",
     "evaluate/05_linear_segmentation",
     "evaluate/07_probes",
-    "evaluate/08_main",
     "guides/change_the_method",
     "guides/cluster",
     "guides/coming_from",

@@ -34,7 +34,7 @@ def build_parser(name: str) -> Parser:
     add = parser.add_argument
     add("--weights", required=True, nargs="+", help="last.pt, other files of weights, or random")
     add("--data-root", default="", required=probe.needs_root, help="where the images are")
-    add("--backbone", default="resnet50", help="of --weights random")
+    add("--backbone", default="resnet50", help="of random, or timm:NAME of a file")
     add("--image-size", type=int, default=probe.image_size, help="side of an image in pixels")
     limit = "number of images or views, evenly spaced; 0: 256 views, 1000 animals, 2000 with masks"
     add("--limit", type=int, default=0, help=f"{limit}, else all images")
@@ -72,7 +72,7 @@ def check_ranges(args: dict) -> None:
 
 
 def parse_args(argv: list[str]) -> tuple[str, dict]:
-    """The probe and its options by name; raises `UsageError` for wrong ones.
+    """The probe and its options by name; raises `UsageError` for invalid ones.
 
     Args:
         argv: the probe and its arguments
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     """Run a probe on networks; print a table, and its content as JSON in the last line.
 
     Args:
-        argv: the probe and its arguments; raises `UsageError` for wrong ones
+        argv: the probe and its arguments; raises `UsageError` for invalid ones
     """
     if argv[:1] in (["-h"], ["--help"]):
         print(help_text())

@@ -27,6 +27,7 @@ from ..data.sources import FileSource, ImageSource
 from ..encoder import Encoder, EncoderOutput, build_backbone
 from ..runtime.io import UsageError, refuse_shadowed_word
 from ..weights.hub import supervised_path
+from ..weights.initial import strict_timm_tensors
 
 # %% ../../nbs/evaluate/00_features.ipynb #c005
 @contextmanager
@@ -201,7 +202,7 @@ def load_network(
 
     Args:
         path: last.pt of a run, any weight file that `densecl.weights` reads, or "random"
-        backbone: name of the backbone of "random"
+        backbone: name of the backbone of "random"; "timm:NAME" is also that of a file without name
         seed: seed of "random"
 
     Returns:
@@ -215,10 +216,27 @@ def load_network(
     config = read_config(path)
     if config:
         return config, weights.load_encoder(path)
-    state, name = weights.backbone_state_dict(path)
+    if backbone.startswith("timm:"):
+        return _load_timm(path, backbone)
+    try:
+        state, name = weights.backbone_state_dict(path)
+    except UsageError as e:
+        if "not a ResNet" not in str(e):
+            raise
+        raise UsageError(f"{e}; for a model of timm give --backbone timm:NAME, too") from None
     config = replace(BACKBONE_ONLY, backbone=name)
     encoder = untrained_like(config)
     encoder.backbone.load_state_dict(state)
+    return config, encoder
+
+
+def _load_timm(path: Path | str, backbone: str) -> tuple[Config, Encoder]:
+    """A model of timm, "timm:NAME", with the tensors of a file; raises `UsageError`."""
+    config = replace(BACKBONE_ONLY, backbone=backbone)
+    encoder = untrained_like(config)
+    path, net = weights.resolve_path(path), encoder.backbone.net
+    content = weights.formats.read_checkpoint(path)
+    net.load_state_dict(strict_timm_tensors(content, path, backbone, net))
     return config, encoder
 
 # %% ../../nbs/evaluate/00_features.ipynb #c035
@@ -283,7 +301,7 @@ def load_networks(
 
     Args:
         paths: one or more that `load_network` accepts
-        backbone: name of the backbone of "random"
+        backbone: as of `load_network`
         seed: seed of "random"
     """
     loaded = {path: load_network(path, backbone, seed) for path in paths}
