@@ -80,13 +80,10 @@ def accumulate_gradients(state: Any, forward: nn.Module, batch: dict) -> dict[st
     count, outputs = state.config.accumulate, []
     for index, part in enumerate(micro_batches(batch, count)):
         last = index + 1 == count
-        if count > 1:
-            set_micro_batch(state.model, index, count)
+        set_micro_batch(state.model, index, count)
         with nullcontext() if last else distributed.local_gradients(forward):
             out = forward_pass(state, forward, part)
             loss = out["loss"] / count if count > 1 else out["loss"]
             state.scaler.scale(loss).backward()
         outputs.append(out if last else summarize_outputs(out))
-    if count > 1:
-        set_micro_batch(state.model, 0, 1)  # the next forward pass is a step of its own
     return merge_outputs(outputs[:-1], outputs[-1])

@@ -8,6 +8,7 @@ __all__ = ['OWN_BACKBONE', 'HOOK_NAMES', 'SPEED_SETTINGS', 'Hooks', 'batch_keys'
            'make_optimizer', 'scheduled_lr', 'set_learning_rates', 'describe_hooks']
 
 # %% ../nbs/08d_hooks.ipynb #c002
+import functools
 import hashlib
 import inspect
 import math
@@ -124,8 +125,8 @@ def config_of_model(config: Config, model: nn.Module | None) -> Config:
         if config.bn == "shuffle" and not model.shuffle_bn:
             known["bn"] = "plain"
     if isinstance(model, DenseCL):
-        names = {function: name for name, function in POSITIVES.items()}
-        known |= {"match": names.get(model.positives, config.match)}
+        names = [name for name, function in POSITIVES.items() if function is model.positives]
+        known |= {"match": names[0] if names else config.match}
         known |= {"loss_lambda": model.loss_lambda}
         known |= {"negatives": getattr(model, "negatives", "pooled")}
     return replace(config, **known)
@@ -298,9 +299,17 @@ def _describe_model(model: nn.Module) -> str:
     shapes = _shapes(model)
     digest = hashlib.sha1(repr(sorted(shapes.items(), key=str)).encode()).hexdigest()[:8]
     positives = getattr(model, "positives", None)  # of a DenseCL, a function
-    name = getattr(positives, "__name__", type(positives).__name__)
-    kind = f"{type(model).__name__}{f'(positives={name})' if positives else ''}"
-    return f"{kind} of {len(shapes)} tensors ({digest})"
+    of_positives = f"(positives={_describe_function(positives)})" if positives else ""
+    return f"{type(model).__name__}{of_positives} of {len(shapes)} tensors ({digest})"
+
+
+def _describe_function(function: Callable) -> str:
+    """The name of a function; of a `functools.partial` also its arguments."""
+    if isinstance(function, functools.partial):
+        options = (f"{name}={value!r}" for name, value in sorted(function.keywords.items()))
+        arguments = [_describe_function(function.func), *map(repr, function.args), *options]
+        return f"partial({', '.join(arguments)})"
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _describe_optimizer(optimizer: torch.optim.Optimizer) -> str:

@@ -73,7 +73,7 @@ class MomentumEncoders(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.shuffle_bn = True
-        self._is_first = True  # whether the micro-batch is the first one of its step
+        self._is_first = self._is_last = True  # of the micro-batches of its step
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
 
@@ -86,13 +86,14 @@ class MomentumEncoders(nn.Module):
             index: number of the micro-batch, from 0
             count: number of micro-batches per step
         """
-        self._is_first = index == 0
+        self._is_first, self._is_last = index == 0, index + 1 == count
 
     @torch.no_grad()
     def encode_keys(self, im_k: Tensor) -> EncoderOutput:
         """Update the key encoder and encode the key view, N x 3 x H x W."""
         if self._is_first:
             momentum_update_(self.encoder_k, self.encoder_q, self.momentum)
+        self._is_first = self._is_last  # after a step, the next pass begins another one
         shuffle = BatchShuffle(len(im_k), im_k.device, self.shuffle_bn)
         k = self.encoder_k(shuffle.shuffle(to_autocast_dtype(im_k)))
         outputs = shuffle.unshuffle_all([getattr(k, name) for name in self.key_outputs])
@@ -357,6 +358,8 @@ class DenseCL(MoCo):
         positives: Positives = best_match,
     ) -> None:
         super().__init__(encoder, queue_len, momentum, temperature, chunk)
+        if not 0 <= loss_lambda <= 1:
+            raise UsageError(f"loss_lambda {loss_lambda}: must be between 0 and 1")
         self.loss_lambda = loss_lambda
         self.positives = positives
         self.checked = 0  # id of the function whose values were checked
@@ -431,5 +434,7 @@ def set_micro_batch(model: nn.Module, index: int, count: int) -> None:
         count: number of micro-batches per step
     """
     for module in model.modules():
+        if isinstance(module, MomentumEncoders):  # also if a subclass replaces the method
+            MomentumEncoders.set_micro_batch(module, index, count)
         if hasattr(module, "set_micro_batch"):
             module.set_micro_batch(index, count)

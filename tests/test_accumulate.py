@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from densecl import accumulate, trainer
+from densecl import DenseCL, accumulate, trainer
 from densecl.config import Config
 from densecl.runtime.io import RunStopped
+from densecl.trainer import build_model
 from tiny import TINY
 
 SMALL = replace(TINY, data_root="builtin:photos", batch_size=8, accumulate=4, max_steps=3)
@@ -125,4 +126,27 @@ def test_any_model_accumulates(scale):
     )
     accumulate.accumulate_gradients(state, model, batch)
     torch.testing.assert_close(model.layer.weight.grad / (scale or 1.0), expected)
-    assert model.layer.calls == [(0, 4), (1, 4), (2, 4), (3, 4), (0, 1)]
+    assert model.layer.calls == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+class OwnHook(DenseCL):
+    """A subclass whose `set_micro_batch` does not call that of `DenseCL`."""
+
+    steps = 0
+
+    def set_micro_batch(self, index, count):
+        self.steps += index == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_subclass_with_a_hook_of_its_own_updates_the_key_encoder_once_per_step(count):
+    config = replace(SMALL, accumulate=count, max_steps=3, momentum=0.9)
+    keys = []
+    for kind in (DenseCL, OwnHook):
+        torch.manual_seed(0)
+        model = kind(build_model(config).encoder_q, queue_len=config.queue_len, momentum=0.9)
+        trained = trainer.train(replace(config, out=kind.__name__), model=model)
+        keys.append(trained.encoder_k.state_dict())
+    assert trained.steps == 3
+    for name, x in keys[0].items():
+        torch.testing.assert_close(x, keys[1][name], msg=name)
