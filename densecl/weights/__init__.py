@@ -278,11 +278,6 @@ def _choose_kind(
     return kinds[-1]._replace(prefix=found[0], other_prefixes=other), False
 
 # %% ../../nbs/weights/03_load.ipynb #c021c
-def _is_run(content: Any) -> bool:
-    """Whether the content of a file is a checkpoint of a run of this package."""
-    return isinstance(content, dict) and isinstance(content.get("config"), dict)
-
-
 def _note_wrappers(path: Path | str, place: tuple[str, ...], stem: str) -> None:
     """Print once where the backbone was found, if it is not at the usual place.
 
@@ -321,9 +316,9 @@ def backbone_state_dict(
     """
     path = resolve_path(name_or_path)
     content = formats.read_checkpoint(path)
+    _check_padding(content, path)
     place = _choose_dict(content, path, key_encoder)
     raw = _tensor_dicts(content)[place]
-    _check_padding(content, path)
     if prefix is not None:
         raw = _below_prefix(raw, f"{prefix.rstrip('.')}.", path)
     names = state_dict_keys.canonical_keys(raw)
@@ -332,8 +327,6 @@ def backbone_state_dict(
     in_average = any(re.fullmatch(state_dict_keys.AVERAGE_PATTERN, part) for part in place)
     kind, swap = _choose_kind(names, key_encoder and not in_average, path)
     inside, unknown = state_dict_keys.backbone_keys(names, kind, swap)
-    if prefix is None and _is_run(content) and kind.prefix == "encoder_q.backbone.":
-        unknown = []  # tensors of a custom model beside its encoders
     state_dict = {name: raw[names[key]] for name, key in inside.items()}
     relevant = state_dict | {key: raw[names[key]] for key in unknown}
     shapes = {key: tuple(value.shape) for key, value in relevant.items()}

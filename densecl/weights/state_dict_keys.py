@@ -101,9 +101,8 @@ OPENMMLAB_PREFIXES = shlex.split(
 
 # %% ../../nbs/weights/00_state_dict_keys.ipynb #c017
 CHECKPOINT_KINDS = (
-    CheckpointKind(
-        "a run of this package", "encoder_q.backbone.", ("encoder_q.", "encoder_k.", "queue")
-    ),
+    # a custom model may have any tensors beside its encoders
+    CheckpointKind("a run of this package", "encoder_q.backbone.", ("",)),
     CheckpointKind(
         "a training checkpoint of the authors",
         "encoder_q.0.",
