@@ -434,7 +434,7 @@ def set_micro_batch(model: nn.Module, index: int, count: int) -> None:
         count: number of micro-batches per step
     """
     for module in model.modules():
-        if isinstance(module, MomentumEncoders):  # also if a subclass replaces the method
+        if isinstance(module, MomentumEncoders):  # a subclass may replace the method
             MomentumEncoders.set_micro_batch(module, index, count)
         if hasattr(module, "set_micro_batch"):
             module.set_micro_batch(index, count)
