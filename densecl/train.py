@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parser', 'preset_table', 'drop_dense_options', 'parse_args', 'run_plan', 'micro_batch_hints', 'optimizer_hints',
-           'print_measured', 'own_choices', 'check_run', 'check_together', 'main']
+           'check_continues', 'print_measured', 'own_choices', 'check_run', 'check_together', 'main']
 
 # %% ../nbs/10_train.ipynb #c002
 import math
@@ -188,6 +188,8 @@ def _start_of(config: Config) -> str:
     last = Path(config.out) / "last.pt"
     if config.resume not in ("auto", "never"):
         return f"from {config.resume}"
+    if config.resume == "never" and last.exists():
+        return f"from scratch; the run in {config.out} is moved to {config.out}/replaced"
     return f"from {last}" if config.resume == "auto" and last.exists() else "from scratch"
 
 # %% ../nbs/10_train.ipynb #f1f6bdc4
@@ -211,6 +213,27 @@ def optimizer_hints(config: Config) -> list[str]:
     return []
 
 # %% ../nbs/10_train.ipynb #c021
+def check_continues(config: Config, source: ImageSource) -> None:
+    """Raise `UsageError` if the run in --out is another one, as the training would.
+
+    Args:
+        config: the config of the run
+        source: the images
+    """
+    if config.resume == "never" or not Path(config.out).exists():
+        return
+    try:
+        from densecl.resume import check_checkpoint, source_fingerprint
+        from densecl.runtime.checkpoint import load_checkpoint, load_newest, print_on_rank0
+    except Exception:  # noqa: BLE001  a broken installation, which `print_measured` reports
+        return
+    in_folder = config.resume == "auto"
+    path = config.out if in_folder else config.resume
+    saved = load_newest(path, print_on_rank0) if in_folder else load_checkpoint(path)
+    if saved:
+        check_checkpoint(saved, config, source_fingerprint(source))
+
+
 def print_measured(config: Config, images: int, world_size: int = 1, first: bool = True) -> None:
     """Print the counted and the measured part of the plan; writes nothing. A collective.
 
@@ -327,6 +350,8 @@ def main(argv: list[str]) -> None:
     world_size, first = launch().world_size, launch().rank == 0
     config, choices, source = check_together(argv, args)
     images, preset = len(source), presets.get(args.preset, config)
+    if config.dry_run:
+        check_continues(config, source)
     if first:
         hints = config_hints(config, preset, images) + optimizer_hints(config)
         for hint in [*hints, *micro_batch_hints(config), *image_hints(source)]:

@@ -533,5 +533,5 @@ def train(
             writer.message(corrupt.summary())
     end_warmups(state)
     if state.step < last:
-        raise_stopped(stop_signal.received, state.step, config.out)
+        raise_stopped(stop_signal.received, state.step, config.out, config.resume)
     return state.model

@@ -340,8 +340,24 @@ def test_resume_never_begins_anew(place, capsys):
         "0.3",
     )
     assert status == 0
-    assert "resumed" not in text
+    assert "resumed" not in text and "the run in it is moved to out/replaced" in text
     assert [r["step"] for r in rows("out")] == [1, 2]
+    assert [r["step"] for r in rows("out/replaced")] == [1, 2, 3]
+    kept = sorted(path.name for path in Path("out").glob("*.pt"))
+    assert kept == ["last.pt", "step-00000002.pt"]  # none of the replaced run
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(place, capsys):
+    assert status_and_text(capsys, *TINY, "--max-steps", "1", "--out", "out")[0] == 0
+    before = contents("out")
+    again = (*TINY, "--max-steps", "2", "--out", "out", "--dry-run")
+    status, text = status_and_text(capsys, *again, "--temperature", "0.3")
+    assert status == 2
+    one_line_that_names(text, "--out out", "temperature 0.2 (now 0.3)")
+    for options, begins in (((), "from out/last.pt"), (("--resume", "never"), "out/replaced")):
+        run_command(main, [*again, *options])
+        assert begins in capsys.readouterr().out
+    assert contents("out") == before
 
 
 def test_resume_takes_the_checkpoint_that_it_is_given(place, capsys):

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['REQUIRED_KEYS', 'PROGRESS_FIELDS', 'link_or_copy', 'numbered_checkpoints', 'serialize', 'write_checkpoint',
            'save_checkpoint', 'first_corrupt_entry', 'load_checkpoint', 'load_newest', 'check_same_run', 'MetricsLog',
-           'print_on_rank0', 'CheckpointWriter', 'LogCallback', 'locked_run_folder', 'RunWriter']
+           'print_on_rank0', 'CheckpointWriter', 'LogCallback', 'locked_run_folder', 'set_aside_run', 'RunWriter']
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c002
 import io
 import json
 import os
+import shutil
 import sys
 import warnings
 import zipfile
@@ -385,6 +386,24 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
                 leftover.unlink()
         yield
 
+# %% ../../nbs/runtime/03_checkpoint.ipynb #5e0c858n
+def set_aside_run(folder: Path) -> Path | None:
+    """Move the files of a run with a checkpoint to replaced/; its path, or None without one.
+
+    Args:
+        folder: the run folder, locked by this process
+    """
+    if not numbered_checkpoints(folder) and not (folder / "last.pt").exists():
+        return None
+    target = folder / "replaced"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for pattern in ("*.pt", "*.json", "*.jsonl", "matches", "events"):
+        for path in list(folder.glob(pattern)):
+            path.rename(target / path.name)
+    (folder / "matches").mkdir(exist_ok=True)
+    return target
+
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c046
 class _RunFolder:
     """The part of `RunWriter` that opens and closes the run folder."""
@@ -432,6 +451,9 @@ class _RunFolder:
         self._stack.enter_context(locked_run_folder(self.folder))
         self._stack.callback(self.checkpoints.close)
         with self.checkpoints.disk_errors():
+            moved = set_aside_run(self.folder) if not self.step else None
+            if moved:
+                self.message(f"--out {self.folder}: the run in it is moved to {moved}")
             with atomic_write(self.folder / "config.json", "w") as f:
                 f.write(strict_json(self.config, indent=1))
             self.log = self._stack.enter_context(closing(MetricsLog(self.folder, self.step)))

@@ -73,17 +73,19 @@ class StopSignal:
         return previous is not None and previous()
 
 # %% ../../nbs/runtime/02_signals.ipynb #c009
-def raise_stopped(received: str, step: int, folder: Path | str) -> NoReturn:
+def raise_stopped(received: str, step: int, folder: Path | str, resume: str = "auto") -> NoReturn:
     """Raise `RunStopped` with the signal, the step and the folder in its message.
 
     Args:
         received: name of the signal; empty if another rank received it
         step: steps done
         folder: run folder with the checkpoint
+        resume: the config's `resume`; with "never" the same command would start again
     """
+    without = "" if resume == "auto" else " without --resume"
     raise RunStopped(
         f"{received or 'another process received a signal'}: stopped after step {step}, "
-        f"saved in {folder}; the same command continues from there"
+        f"saved in {folder}; the same command{without} continues from there"
     )
 
 # %% ../../nbs/runtime/02_signals.ipynb #c016
