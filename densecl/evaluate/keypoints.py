@@ -92,7 +92,7 @@ class KeypointDataset(NamedTuple):
     image_ids: Tensor
     names: list[str]
 
-
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c013aa
 def crop_square(
     image: Image.Image, box: Sequence[float], size: int
 ) -> tuple[Image.Image, float, float, float]:
@@ -177,7 +177,7 @@ def _select_animals(
     coco.skipped.report(coco.total)
     return sorted(animals, key=lambda a: (isinstance(a["image_id"], str), a["image_id"]))
 
-
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c018aa
 def read_annotations(path: Path | str, split: str, min_points: int) -> KeypointAnnotations:
     """Read a COCO keypoint json; raises `UsageError` for any other file.
 
@@ -201,6 +201,28 @@ def read_annotations(path: Path | str, split: str, min_points: int) -> KeypointA
     files = {value: coco.names[i] for value, i in ids.items()}
     sizes = {value: coco.sizes[i] for value, i in ids.items()}
     return KeypointAnnotations(animals, files, keypoint_names, sizes)
+
+# %% ../../nbs/evaluate/03_keypoints.ipynb #c019a
+def _read_image(annotations: Path, path: Path, size: tuple[int, int] | None) -> Image.Image:
+    """The image in the pixels that the keypoints refer to; raises `UsageError`."""
+    try:
+        image = decode_labeled_image(path.read_bytes(), path, size)
+    except OSError as e:
+        raise UsageError(f"--data-root {annotations}: its image {path}: {e.strerror}") from None
+    if size and image.size != size:
+        text = f"its labels are for an image of {size[0]} x {size[1]}, this one has"
+        raise UsageError(f"{one_line(path)}: {text} {image.size[0]} x {image.size[1]}")
+    return image
+
+
+def _checked_box(annotations: Path, animal: dict, image: Image.Image) -> list[float]:
+    """The animal's box, if it is in the image; raises `UsageError`."""
+    try:
+        parse_box(animal["bbox"], image.size)
+    except UnusableAnnotation as e:
+        text = f"{animal['name']} is one {e}; take it out"
+        raise UsageError(f"--data-root {one_line(annotations)}: {text}") from None
+    return animal["bbox"]
 
 # %% ../../nbs/evaluate/03_keypoints.ipynb #c020
 def open_keypoints(
@@ -234,28 +256,6 @@ def open_keypoints(
     numbers = {value: i for i, value in enumerate(files)}
     image_ids = torch.tensor([numbers[animal["image_id"]] for animal in animals])
     return KeypointDataset(images, points, annotated & inside, categories, image_ids, names)
-
-
-def _read_image(annotations: Path, path: Path, size: tuple[int, int] | None) -> Image.Image:
-    """The image in the pixels that the keypoints refer to; raises `UsageError`."""
-    try:
-        image = decode_labeled_image(path.read_bytes(), path, size)
-    except OSError as e:
-        raise UsageError(f"--data-root {annotations}: its image {path}: {e.strerror}") from None
-    if size and image.size != size:
-        text = f"its labels are for an image of {size[0]} x {size[1]}, this one has"
-        raise UsageError(f"{one_line(path)}: {text} {image.size[0]} x {image.size[1]}")
-    return image
-
-
-def _checked_box(annotations: Path, animal: dict, image: Image.Image) -> list[float]:
-    """The animal's box, if it is in the image; raises `UsageError`."""
-    try:
-        parse_box(animal["bbox"], image.size)
-    except UnusableAnnotation as e:
-        text = f"{animal['name']} is one {e}; take it out"
-        raise UsageError(f"--data-root {one_line(annotations)}: {text}") from None
-    return animal["bbox"]
 
 # %% ../../nbs/evaluate/03_keypoints.ipynb #c026
 def sample_pairs(dataset: KeypointDataset, n: int = 1000, seed: int = 0) -> Tensor:

@@ -150,6 +150,16 @@ def point_errors(
     near = error <= size[0] / columns
     return {"near": float(near.float().mean()), "px": float(error.median())}
 
+# %% ../../nbs/evaluate/04_stereo.ipynb #c016a
+def _note_coarse(same_place: float, h: int, w: int) -> None:
+    """Print a note if the prediction that no point has moved is nearly always correct."""
+    if same_place > 0.8:
+        note_once(
+            f"stereo: a cell of the {h} x {w} grid is wider than what moves between the images: "
+            f"the answer 'the same place' scores {same_place:.3f}, so a high number says nothing; "
+            "give a larger --image-size"
+        )
+
 # %% ../../nbs/evaluate/04_stereo.ipynb #c017
 def stereo_probe(encoder: Encoder, pair: StereoPair, size: int = 320) -> dict[str, dict]:
     """Errors of a network and of baselines between the left image and each variant of the right.
@@ -184,13 +194,3 @@ def stereo_probe(encoder: Encoder, pair: StereoPair, size: int = 320) -> dict[st
             rows[part][name] = error["near"]
             rows[part][f"{name}_px"] = error["px"]
     return rows
-
-
-def _note_coarse(same_place: float, h: int, w: int) -> None:
-    """Say so when the answer "the same place" is correct almost everywhere."""
-    if same_place > 0.8:
-        note_once(
-            f"stereo: a cell of the {h} x {w} grid is wider than what moves between the images: "
-            f"the answer 'the same place' scores {same_place:.3f}, so a high number says nothing; "
-            "give a larger --image-size"
-        )
