@@ -233,7 +233,7 @@ class LabeledSplits(NamedTuple):
 def open_labeled_splits(
     root: Path | str, size: int = 224, limit: int = 2000, void: int = VOID
 ) -> LabeledSplits:
-    """Open both splits and check their masks; raises `UsageError` when something is wrong.
+    """Open both splits and check their masks; raises `UsageError` when they cannot be used.
 
     Args:
         root: a VOC-, COCO- or Cityscapes-style folder

@@ -282,7 +282,7 @@ def run_probe(
         opened[open_data] = open_data(options)
     return PROBES[probe].run(encoder, opened[open_data], options)
 
-
+# %% ../../nbs/evaluate/07_probes.ipynb #c024aa
 def format_line(rows: dict[str, dict]) -> str:
     """The rows in one line of text, with the first four numbers of each.
 
