@@ -448,12 +448,70 @@ def test_a_run_folder_that_ranks_see_differently_is_refused(place):
     assert "all machines share" in line and "step 3 on rank 0, 0 on rank 1" in line, run.text
 
 
-def test_the_guide_s_slurm_script_is_a_script():
+def guide_script(name):
+    """A script that the guide on clusters writes."""
     cells = json.loads((ROOT / "nbs/guides/cluster.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells]
-    (script,) = [s.split("\n", 1)[1] for s in sources if s.startswith("%%writefile train.sh")]
-    assert script.startswith("#!/bin/bash") and "--signals-to-handle" in script
-    subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=True)
+    (script,) = [s.split("\n", 1)[1] for s in sources if s.startswith(f"%%writefile {name}")]
+    return script
+
+
+def run_guide_script(name, dry_run, torchrun):
+    """Status and calls of a script with programs that stand in for SLURM and torchrun."""
+    fakes = {
+        "densecl": f"case $* in *--dry-run) {dry_run} ;; *) exit 9 ;; esac",
+        "torchrun": f"case $* in *--dry-run*) exit 9 ;; esac; {torchrun}",
+        "srun": 'exec "$@"',
+        "scontrol": "exit 0",
+        "sleep": "exit 0",
+    }
+    Path("bin").mkdir()
+    for program, line in fakes.items():
+        text = f"#!/bin/bash\necho {program} $1 >> calls.txt\n{line}\n"
+        Path("bin", program).write_text(text)
+        Path("bin", program).chmod(0o755)
+    environment = os.environ | {"PATH": f"{Path('bin').resolve()}:{os.environ['PATH']}"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = subprocess.run(
+        ["bash"],
+        input=guide_script(name),
+        text=True,
+        capture_output=True,
+        env=environment,
+        check=False,
+        timeout=60,
+    )
+    return done.returncode, Path("calls.txt").read_text().splitlines()
+
+
+SAVED = "mkdir -p runs/coco; touch -d '+1 hour' runs/coco/last.pt"
+
+
+@pytest.mark.parametrize("name", ["train.sh", "restart.sh"])
+def test_the_guide_s_scripts_end_at_an_error_in_the_command(name, place):
+    status, calls = run_guide_script(name, "exit 2", "exit 0")
+    assert status == 2 and not any(call.startswith("torchrun") for call in calls), calls
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "status", "queued"),
+    [("exit 0", 0, False), (f"{SAVED}; exit 1", 1, True), ("exit 1", 1, False)],
+)
+def test_the_guide_s_slurm_script_queues_again_only_after_progress(torchrun, status, queued, place):
+    found, calls = run_guide_script("train.sh", "exit 1", torchrun)  # 1: too large for one GPU
+    assert found == status and "torchrun --nnodes=2" in calls
+    assert ("scontrol requeue" in calls) == queued, calls
+
+
+def test_the_guide_s_loop_starts_again_until_the_run_is_complete(place):
+    twice = f"{SAVED}; [ $(grep -c torchrun calls.txt) -ge 3 ]"
+    status, calls = run_guide_script("restart.sh", "exit 0", twice)
+    assert status == 0 and sum(call.startswith("torchrun") for call in calls) == 3, calls
+
+
+def test_the_guide_s_loop_ends_without_progress(place):
+    status, calls = run_guide_script("restart.sh", "exit 0", "exit 1")
+    assert status == 1 and sum(call.startswith("torchrun") for call in calls) == 1, calls
 
 
 @pytest.fixture
