@@ -70,7 +70,7 @@ class _Method(_DataAndModel):
     dim: int = 128
     """dimension of the embeddings that are compared"""
     queue_len: int = 65536
-    """K, negatives in each queue; about 1k-8k for a few thousand images"""
+    """K, negatives in each queue; at most one per image of the data set, 65536 in the paper"""
     momentum: float = 0.999
     """m of the key encoder's moving average"""
     temperature: float = 0.2

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -48,19 +49,23 @@ from densecl.runtime.io import (
 )
 
 # %% ../nbs/10_train.ipynb #c007
-def parser(default: Config) -> Parser:
+def parser(default: Config, preset: str = "") -> Parser:
     """Parser of the train command: one option per field of the config.
 
     Args:
         default: config with the default values of the options
+        preset: name of this config, for the help text
     """
     renamed = {option_name(old): option_name(new) for old, new in RENAMED_FIELDS.items()}
     for name, values in RENAMED_VALUES.items():
         renamed |= {f"{option_name(name)} {old}": new for old, new in values.items()}
+    values = f"the values of {preset}" if preset else "values that a preset may change"
+    hint = "" if preset else " (densecl train PRESET --help)"
     parser = Parser(
         prog="densecl train",
         usage="%(prog)s PRESET [--option value ...]",
-        description="Pre-train DenseCL or MoCo-v2. The preset comes first, then options.",
+        description="Pre-train DenseCL or MoCo-v2. The preset comes first, then options. "
+        f"In brackets: {values}{hint}.",
         renamed=renamed,
     )
     parser.add_argument("preset", nargs="?", help="name of the base config; --list prints them")
@@ -94,12 +99,22 @@ def drop_dense_options(config: Config, preset: Config) -> Config:
     return replace(config, **{name: getattr(Config, name) for name in unchanged})
 
 
+def _print_help(argv: list[str], known: Mapping[str, Config]) -> None:
+    """If --help follows a preset, print the help with the preset's values and exit."""
+    if {"-h", "--help"} & {*argv} and argv[0] in known:
+        default = known[argv[0]]
+        if argv[0] == "own":  # these values depend on the images
+            default = replace(default, **dict.fromkeys(RECOMMENDED_FIELDS, "chosen"))
+        parser(default, argv[0]).parse_args(["--help"])
+
+
 def parse_args(argv: list[str]) -> Namespace:
     """Arguments with `preset`, `list` and `config`: the preset with the given options.
 
     Args:
         argv: arguments of the command; raises `UsageError` if one is invalid
     """
+    _print_help(argv, presets | {"own": OWN})
     args = parser(Config()).parse_args(argv)
     if args.list:
         return args
