@@ -14,7 +14,8 @@ A row holds the scores of single images as well, for the paired bootstrap of
 nbs/evaluate/07b_bootstrap.ipynb: `scores`, an npz file in base64.
 
 With --probe-at the training pauses at these percentages of its steps for an evaluation; the row
-then has a `curve`: the results at each of them. The pauses change nothing in the training.
+then has a `curve`: the results at each of them. The pauses change nothing in the training. With
+--until 50 as well, a run ends after half of its steps.
 
 The rows in the repository are of 1700 images (1000 of ImageNet, one per class; 600 of VOC 2012; 100
 of COCO train2017; in this order, sorted by name in each part), converted by `python -m densecl.data
@@ -147,8 +148,9 @@ def settings(method, seed, args):
 
 
 def probe_steps(args):
-    """Steps after which a run is evaluated, in ascending order; the last step is one of them."""
-    return sorted({round(args.steps * percent / 100) for percent in args.probe_at} | {args.steps})
+    """Steps after which a run is evaluated, in ascending order; the last one ends the run."""
+    percents = {percent for percent in args.probe_at if percent < args.until} | {args.until}
+    return sorted(round(args.steps * percent / 100) for percent in percents)
 
 
 def read_curves(folder):
@@ -278,6 +280,7 @@ def train(method, seed, args):
     curve = [{"step": step, "figures": evaluate_at(step, method, seed, args)} for step in steps]
     losses, matches = read_curves(folder)
     if args.probe_at:
+        losses = [loss for loss in losses if loss["step"] <= steps[-1]]
         matches = [{"step": c["step"]} | c["figures"]["match"]["backbone"] for c in curve]
     options = settings(method, seed, args)
     row = {
@@ -308,7 +311,8 @@ def run_method(method, seed, args):
         row["figures"] = evaluate_at(0, method, seed, args)
     else:
         row |= train(method, seed, args)
-    last = args.steps if METHODS[method] is not None else 0
+    last = (probe_steps(args) if args.probe_at else [args.steps])[-1]
+    last = last if METHODS[method] is not None else 0
     row["scores"] = pack(image_scores(load_at(last, method, seed, args), args.voc))
     with open(args.results, "a") as f:
         f.write(json.dumps(row) + "\n")
@@ -358,6 +362,8 @@ def build_parser():
     add("--steps", type=int, default=0, help="length of a run in steps instead; default: --epochs")
     probe_at = "evaluate at these percentages of the steps, too, such as 5 10 25 50 100"
     add("--probe-at", type=float, nargs="+", default=[], metavar="PERCENT", help=probe_at)
+    until = "end the runs after this percentage of their steps, in the middle of their schedule"
+    add("--until", type=float, default=100, metavar="PERCENT", help=until)
     add("--again", action="store_true", help="repeat runs that have a row, in a second row")
     add("--out", default="runs/reproduce", help="where the run folders are")
     add("--results", default=str(Path(__file__).with_name("results.jsonl")))
@@ -373,15 +379,17 @@ def check_options(args):
     args.per_epoch = len(open_source(args.images)) // 32
     if not args.per_epoch:
         raise UsageError(f"--images {args.images}: fewer than 32 images, a batch")
+    if args.until != 100 and not args.probe_at:
+        raise UsageError("--until needs --probe-at, such as --probe-at 5 10 25 50")
     if min(args.epochs, args.steps + 1) < 1:
         raise UsageError("--epochs and --steps must be above 0")
     if args.steps:
         args.epochs = -(-args.steps // args.per_epoch)
     args.steps = args.steps or args.per_epoch * args.epochs
-    wrong = [p for p in args.probe_at if not 0 <= p <= 100]
+    wrong = [p for p in [*args.probe_at, args.until] if not 0 <= p <= 100]
     if wrong:
         raise UsageError(
-            f"--probe-at {wrong[0]:g}: must be between 0 and 100, percent of the steps"
+            f"--probe-at, --until {wrong[0]:g}: must be between 0 and 100, percent of the steps"
         )
     return methods
 

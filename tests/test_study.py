@@ -65,7 +65,9 @@ def test_the_published_method_does_not_depend_on_the_demo_preset():
 
 def test_rows_from_before_a_change_of_options_are_found():
     path = Path(reproduce.__file__).with_name("results.jsonl")
-    args = Namespace(steps=1060, epochs=20, per_epoch=53, again=False, probe_at=[], results=path)
+    args = Namespace(
+        steps=1060, epochs=20, per_epoch=53, again=False, probe_at=[], until=100, results=path
+    )
     for method in ("untrained", "MoCo-v2", "DenseCL", "geometry", "geometry warm-up", "T 0.1"):
         assert reproduce.has_row(method, 0, args), method
 
@@ -143,6 +145,7 @@ def test_the_scores_of_images_add_up_to_the_metrics(study):
 
 def options(**given):
     values = {"steps": 1060, "epochs": 20, "per_epoch": 53, "probe_at": [], "again": False}
+    values |= {"until": 100}
     return Namespace(**(values | given))
 
 
@@ -177,11 +180,20 @@ def test_the_length_of_a_run_is_given_in_epochs_or_in_steps():
     )
 
 
+def test_a_run_can_end_in_the_middle_of_its_schedule():
+    part = options(steps=10600, epochs=200, probe_at=[5, 50, 100], until=50)
+    assert reproduce.probe_steps(part) == [530, 5300]
+    assert reproduce.probe_steps(options(steps=10600, probe_at=[5, 50])) == [530, 5300, 10600]
+    whole = reproduce.settings("DenseCL", 0, options(steps=10600, epochs=200))
+    assert reproduce.settings("DenseCL", 0, part) == whole  # the same learning rates
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ("DenseCl {study}", ["DenseCl", "MoCo-v2"]),
-        ("DenseCL {study} --probe-at 5 120", ["--probe-at 120", "0 and 100"]),
+        ("DenseCL {study} --probe-at 5 120", ["--until 120", "0 and 100"]),
+        ("DenseCL --images images --voc VOC2012 --until 50", ["--until needs --probe-at"]),
         ("DenseCL {study} --steps -3", ["--steps", "above 0"]),
         ("DenseCL {study} --images VOC2012/JPEGImages", ["VOC2012/JPEGImages", "32 images"]),
         ("read-out --voc VOC2012 empty", ["empty", "last.pt"]),
