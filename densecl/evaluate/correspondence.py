@@ -169,8 +169,8 @@ def match_probe(encoder: Encoder, batch: dict[str, Tensor]) -> dict[str, dict[st
 
 # %% ../../nbs/evaluate/01_correspondence.ipynb #c014b
 SAME_CELL_ADVICE = (
-    "it has learned the position that zero padding leaks and not the content; try --grid 3, whose "
-    "cells are too large for that, or --padding reflect"
+    "it has learned the position that zero padding leaks and not the content; try "
+    "--geometry-warmup for 40 % of the steps, or --padding reflect"
 )
 
 
