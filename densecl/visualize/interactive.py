@@ -220,8 +220,9 @@ class HoverMap:
         fig, (left, right) = plotting.panels(2, 2, 3.2, titles, self.a.shape[1] / self.a.shape[0])
         left.imshow(self.a)
         (x, y), *_ = plotting.to_pixel_coordinates([((col + 0.5) / w, (row + 0.5) / h)], self.a)
-        left.plot(x, y, "o", mfc="#ff7f0e", mec="white", ms=9)
-        plotting.draw_similarity(right, self.b, self.sim[row, col])
+        left.plot(x, y, "o", mfc=plotting.QUERY_COLOR, mec="white", ms=9)
+        overlay = plotting.draw_similarity(right, self.b, self.sim[row, col])
+        plotting.add_map_bar([right], overlay)
         return fig
 
     def _repr_html_(self) -> str:
