@@ -136,7 +136,7 @@ def _voc_object(element: ElementTree.Element, classes: Sequence[str], start: str
         ) from None
     return VocObject(name, box, (element.findtext("difficult") or "0").strip() == "1")
 
-
+# %% ../../nbs/evaluate/06_classification.ipynb #c009aa
 def read_voc_objects(base: Path, name: str, classes: Sequence[str]) -> list[VocObject]:
     """The objects in the annotation of an image; raises `UsageError` when it cannot be read.
 
@@ -184,7 +184,7 @@ def open_voc_split(base: Path, split: str) -> ListedImages:
     has_list = [name for name in folders if (base / f"ImageSets/{name}/{split}.txt").is_file()]
     return voc_images(base, split, [*has_list, *folders][0])
 
-
+# %% ../../nbs/evaluate/06_classification.ipynb #c010aa
 def iter_box_crops(base: Path, split: str, min_side: int = 32) -> Iterator[LabeledImage]:
     """Yield the crops of a split's boxes that are not difficult; class 0 is the background.
 
@@ -430,7 +430,7 @@ def iter_multi_label(base: Path, split: str) -> Iterator[LabeledImage]:
             label[index] = max(label[index], 0 if found.difficult else 1)
         yield LabeledImage(partial(open_image, base / file), label)
 
-
+# %% ../../nbs/evaluate/06_classification.ipynb #c032aa
 def open_multi_label(root: Path | str, limit: int = 0) -> MultiLabelDataset:
     """Open trainval and test of VOC 2007, or train and val; raises `UsageError`.
 
