@@ -259,7 +259,7 @@ def draw_similarity(
     ax.set_axis_off()
     return overlay
 
-
+# %% ../../nbs/visualize/00_plotting.ipynb #db6f5293aa
 def add_map_bar(
     axes: Sequence[Axes], overlay: AxesImage, temperature: float = MAP_TEMPERATURE
 ) -> None:
