@@ -17,6 +17,7 @@ import numpy as np
 
 from .config import Config, grid_size
 from .data.dataset import past_image_hints
+from .data.decode import one_line
 from densecl.run_files import (
     Rows,
     field_values,
@@ -186,7 +187,7 @@ class CollapseMonitor:
         signs = collapse_signs(self.rows, self.config)
         if signs:
             self.warned = True
-            command = f"python -m densecl.doctor {self.config.out}"
+            command = f"densecl doctor {self.config.out}"
             warn(
                 f"warning: this looks like a collapse at step {row['step']}: {'; '.join(signs)}. "
                 f"{advice(self.config)}. {command} draws the curves"
@@ -334,7 +335,8 @@ def _diagnose_loading(rows: Rows, config: Config) -> list[Finding]:
     findings = [Finding("note", text)] if text else []
     steps, corrupt = field_values(rows, "bad")
     if len(corrupt) and corrupt[-1] > 0.01 * steps[-1] * config.batch_size:
-        text = f"{corrupt[-1]:.0f} images could not be decoded, more than 1 in 100"
+        text = f"{corrupt[-1]:.0f} images could not be decoded, more than 1 in 100; "
+        text += f"densecl data lmdb {one_line(config.data_root)} DST.lmdb leaves them out"
         findings.append(Finding("note", text))
     return findings
 
@@ -500,7 +502,7 @@ def main(argv: list[str]) -> None:
     Args:
         argv: arguments of the command, without the program's name
     """
-    p = Parser(prog="python -m densecl.doctor", description=main.__doc__.splitlines()[0])
+    p = Parser(prog="densecl doctor", description=main.__doc__.splitlines()[0])
     p.add_argument("run", help="run folder, such as runs/demo")
     p.add_argument("--out", default="", help="image to write (.png, .jpg, .pdf) [RUN/doctor.png]")
     args = p.parse_args(argv)

@@ -216,7 +216,7 @@ def resume_run(state: TrainState, meter: Meter, corrupt: CorruptImageCounter) ->
         state.load_state_dict(saved)
         meter.load_state_dict(saved.get("meter", {}), state.device)
         if distributed.rank() == 0:  # the counts are summed over the ranks
-            corrupt.count, corrupt.read = saved.get("bad", torch.zeros(2)).int().tolist()
+            corrupt.resume(*saved.get("bad", torch.zeros(2)).int().tolist())
 
 # %% ../nbs/09_trainer.ipynb #c022
 def step_seed(seed: int, step: int) -> int:

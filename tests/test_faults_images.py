@@ -253,7 +253,7 @@ def test_masks_among_the_images_are_reported_and_can_be_excluded(write, make_ima
     data_command.main(["check", root, "--exclude", patterns])
     out = capsys.readouterr().out
     assert ": 20 images" in out and "label masks" not in out
-    (command,) = [line for line in out.splitlines() if "densecl.train own" in line]
+    (command,) = [line for line in out.splitlines() if "densecl train own" in line]
     assert f"--exclude {pattern}" in command  # in the command for training, too
     plan = planned(capsys, "--data-root", root, "--exclude", patterns)
     assert "20 images" in plan.out and "label masks" not in plan.err
@@ -389,3 +389,16 @@ def test_the_word_photos_does_not_shadow_a_folder(make_images, capsys):
     assert len(open_source("./photos")) == len(open_source(Path("photos"))) == 40
     plan = planned(capsys, "--data-root", "builtin:photos").out
     assert "540 images" in plan
+
+
+def test_broken_images_are_reported_by_the_check(make_images, capsys):
+    """Error pages of a web server, as in collections of downloaded images."""
+    make_images(Path("set"), 7)
+    for i in range(40):
+        Path(f"set/x{i}.jpg").write_text("<html>404 Not Found")
+    data_command.main(["check", "set"])
+    (hint,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hint:")]
+    count = int(hint.split()[2])
+    assert 35 <= count <= 43 and f"about {count} of 47 images cannot be decoded" in hint
+    assert "such as x" in hint and "densecl data lmdb" in hint
+    assert image_hints(open_source("set", exclude="x*.jpg")) == []

@@ -270,7 +270,7 @@ def test_real_images_are_the_same_in_all_forms(name, tmp_path):
 def test_check_describes_the_real_datasets(root, words):
     status, text, err = data("check", SHARED / root)
     assert status == 0 and err == []
-    for word in [*words, "python -m densecl.train", "--data-root"]:
+    for word in [*words, "densecl train own", "--data-root"]:
         assert word in text, word
 
 

@@ -120,7 +120,7 @@ def test_check_and_dry_run_print_the_same_values(place, capsys, monkeypatch):
     checked = capsys.readouterr().out.splitlines()
     table = choices_table(recommend(12)).splitlines()
     assert checked[-len(table) :] == table
-    command = shlex.split(checked[-len(table) - 1].removeprefix("train: python -m densecl.train "))
+    command = shlex.split(checked[-len(table) - 1].removeprefix("train: densecl train "))
     assert command == ["own", "--data-root", "images"]
     monkeypatch.setattr(sys.modules["densecl.train"], "print_measured", lambda *args: None)
     train([*command, "--dry-run"])

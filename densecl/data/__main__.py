@@ -207,11 +207,11 @@ def suggest_command(
         patterns: option (--include or --exclude) -> value
         preset: preset for the complete dataset on eight GPUs. Default: `own`
     """
-    program = "torchrun --nproc_per_node=8" if preset else "python"
+    program = "torchrun --nproc_per_node=8 -m densecl.train" if preset else "densecl train"
     words = f"--data-root {shlex.quote(one_line(root))}"
     for option, value in (patterns or {}).items():
         words += f" {option} {shlex.quote(one_line(value))}" if value else ""
-    return f"{program} -m densecl.train {preset or 'own'} {words}"
+    return f"{program} {preset or 'own'} {words}"
 
 # %% ../../nbs/data/10_main.ipynb #c022
 def hint_lines(source: ImageSource) -> list[str]:
@@ -351,7 +351,7 @@ def write_lmdb(args: Namespace) -> str:
         source = select_images(coco_source(args.src, args.images), *patterns)
     else:
         source = open_source(args.src, *patterns)
-    for hint in image_hints(source):
+    for hint in image_hints(source, corrupt=False):
         warn_once(f"hint: {hint}")
     quality = args.quality or 90
     metadata = convert_to_lmdb(source, args.dst, args.short_side, quality, args.workers)

@@ -7,7 +7,8 @@ __all__ = ['TRAIN_PHOTOS', 'HELD_OUT_PHOTOS', 'BUILTIN_PHOTOS', 'PHOTOS', 'FOLDE
            'SOURCE_TYPES', 'EXPECTED_SOURCE', 'FEW_COLORS', 'MASK_NAME', 'MAX_GROUPS', 'load_photo', 'TileSource',
            'SourceType', 'photos_source', 'check_reserved_word', 'file_mode', 'find_source_type', 'NamePatterns',
            'SubsetSource', 'select_images', 'open_source', 'name_ending', 'group_names', 'has_few_colors',
-           'find_few_colors', 'group_pattern', 'image_hints', 'past_image_hints', 'BatchSampler']
+           'GroupSample', 'sample_groups', 'find_few_colors', 'corrupt_hint', 'group_pattern', 'image_hints',
+           'past_image_hints', 'BatchSampler']
 
 # %% ../../nbs/data/05_dataset.ipynb #c004
 import os
@@ -352,43 +353,104 @@ def group_names(names: Sequence[str]) -> dict[tuple[str, str], list[int]]:
             return dict(list(groups.items())[:MAX_GROUPS])
 
 # %% ../../nbs/data/05_dataset.ipynb #c067
-def has_few_colors(source: ImageSource, index: int) -> bool:
-    """Whether an image has so few colors that it is probably a mask.
+def has_few_colors(source: ImageSource, index: int) -> bool | None:
+    """Whether an image has so few colors that it is probably a mask; None if it is corrupt.
 
     Args:
-        source: the source; for an image that cannot be decoded, the result is False
+        source: the source
         index: index of the image
     """
     try:
         image = source.load(index)
     except CorruptImageError:
-        return False
+        return None
     is_dark = max(high - low for low, high in image.getextrema()) < 16
     limit = 256 if MASK_NAME.search(source.name(index)) else FEW_COLORS
     return is_dark or image.getcolors(limit) is not None
 
 
-def find_few_colors(source: ImageSource, samples: int = 24) -> tuple[int, str, list[str]] | None:
-    """The estimated number of images with few colors, one name, and patterns to exclude them.
+class GroupSample(NamedTuple):
+    """The decoded sample of a group of images.
 
-    The result is None if fewer than two images of a sample have few colors.
+    Attributes:
+        group: (folder, ending), see `group_names`
+        images: number of images in the group, estimated for large sources
+        results: name of each image of the sample -> result of `has_few_colors`
+    """
+
+    group: tuple[str, str]
+    images: int
+    results: dict[str, bool | None]
+
+    def estimate(self, value: bool | None) -> int:
+        """Estimated number of images of the group with a result.
+
+        Args:
+            value: the result of `has_few_colors`
+        """
+        found = [*self.results.values()].count(value)
+        return self.images * found // len(self.results)
+
+    def names(self, value: bool | None) -> list[str]:
+        """Names of the images of the sample with a result.
+
+        Args:
+            value: the result of `has_few_colors`
+        """
+        return [name for name, found in self.results.items() if found is value]
+
+
+def sample_groups(source: ImageSource, samples: int = 24) -> list[GroupSample]:
+    """Decode a sample of each group of images.
 
     Args:
         source: the source
         samples: number of images to decode, at least two of each group
     """
     chosen = range(0, len(source), -(-len(source) // 20_000))
-    names = [source.name(i) for i in chosen]
-    count, examples, found, other = 0, [], [], []
+    names, found = [source.name(i) for i in chosen], []
     for group, members in progress_bar(group_names(names).items(), desc="looking at some images"):
         tries = max(2, samples * len(members) // len(names))
-        picked = {members[i * len(members) // tries] for i in range(tries)}
-        few = [i for i in sorted(picked) if has_few_colors(source, chosen[i])]
-        examples += [names[i] for i in few]
-        count += len(members) * chosen.step * len(few) // len(picked)
-        (found if few else other).append(group)
+        picked = sorted({members[i * len(members) // tries] for i in range(tries)})
+        results = {names[i]: has_few_colors(source, chosen[i]) for i in picked}
+        found.append(GroupSample(group, len(members) * chosen.step, results))
+    return found
+
+# %% ../../nbs/data/05_dataset.ipynb #c067d
+def find_few_colors(samples: list[GroupSample]) -> tuple[int, str, list[str]] | None:
+    """The estimated number of images with few colors, one name, and patterns to exclude them.
+
+    The result is None if fewer than two images of the sample have few colors.
+
+    Args:
+        samples: result of `sample_groups`
+    """
+    examples = [name for sample in samples for name in sample.names(True)]
+    if len(examples) < 2:
+        return None
+    found = [sample.group for sample in samples if sample.names(True)]
+    other = [sample.group for sample in samples if not sample.names(True)]
     patterns = [pattern for group in found if (pattern := group_pattern(group, other))]
-    return (count, examples[0], patterns) if len(examples) > 1 else None
+    return sum(sample.estimate(True) for sample in samples), examples[0], patterns
+
+
+def corrupt_hint(source: ImageSource, samples: list[GroupSample]) -> str:
+    """The hint about images that cannot be decoded; empty if there are none in the sample.
+
+    Args:
+        source: the source of the sample
+        samples: result of `sample_groups`
+    """
+    names = [name for sample in samples for name in sample.names(None)]
+    if not names:
+        return ""
+    count = max(len(names), sum(sample.estimate(None) for sample in samples))
+    decoded = sum(len(sample.results) for sample in samples)
+    return (
+        f"about {count:,} of {len(source):,} images cannot be decoded ({len(names)} of {decoded} "
+        f"in a sample), such as {one_line(names[0])[:200]}; densecl data lmdb SRC DST.lmdb names "
+        "all of them and leaves them out"
+    )
 
 # %% ../../nbs/data/05_dataset.ipynb #c067j
 def group_pattern(group: tuple[str, str], other: list[tuple[str, str]]) -> str:
@@ -406,17 +468,20 @@ def group_pattern(group: tuple[str, str], other: list[tuple[str, str]]) -> str:
     return ""
 
 # %% ../../nbs/data/05_dataset.ipynb #c068
-def image_hints(source: ImageSource) -> list[str]:
-    """Hints about images that may not be intended for training, one sentence each.
+def image_hints(source: ImageSource, corrupt: bool = True) -> list[str]:
+    """Hints about corrupt images and those that may not be for training, one sentence each.
 
     Args:
         source: the source of the training images
+        corrupt: whether to report corrupt images
     """
     hints, first = [], source.name(0)
     is_folder = isinstance(source, FileSource) and source.labels is None
     if is_folder and "JPEGImages" in first.split("/")[:-1]:
         hints.append("a folder in the layout of PASCAL VOC: only images in JPEGImages are used")
-    found = find_few_colors(source)
+    samples = sample_groups(source)
+    broken, found = corrupt_hint(source, samples), find_few_colors(samples)
+    hints += [broken] if corrupt and broken else []
     if not found:
         return hints
     count, example, patterns = found

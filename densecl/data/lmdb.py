@@ -105,7 +105,7 @@ def check_finished(path: Path | str) -> tuple[int, int]:
     """
     path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
-    remedy = "create it again: python -m densecl.data lmdb SRC DST.lmdb"
+    remedy = "create it again: densecl data lmdb SRC DST.lmdb"
     if (path / "data.mdb").exists():
         path = path / "data.mdb"
         remedy = "a database of densecl is a single file; " + remedy

@@ -384,13 +384,23 @@ class CorruptImageCounter:
         config: its `on_bad_image` and `max_corrupt_fraction` are used
 
     Attributes:
-        count: number of corrupt images so far
-        read: number of images read so far
-        names: set of "name: reason" of the corrupt images
+        count: number of corrupt images so far, with those before a resume
+        read: number of images read so far, with those before a resume
+        names: set of "name: reason" of the corrupt images since the start or the resume
     """
 
     def __init__(self, config: Config) -> None:
         self.config, self.names, self.count, self.read = config, set(), 0, 0
+        self._earlier = (0, 0)
+
+    def resume(self, count: int, read: int) -> None:
+        """Continue with the numbers of a checkpoint.
+
+        Args:
+            count: number of corrupt images before
+            read: number of images read before
+        """
+        self.count, self.read = self._earlier = (count, read)
 
     def add(self, bad: list[tuple[int, str]], read: int) -> None:
         """Count a batch and report its corrupt images on stderr.
@@ -418,11 +428,15 @@ class CorruptImageCounter:
             )
 
     def summary(self) -> str:
-        """One line for the end of a run."""
-        return (
-            f"{self.count} of {self.read} images read could not be decoded and were replaced by "
-            f"others ({len(self.names)} different ones, on this rank); they are named above"
-        )
+        """One line for the end of a run: its total, and what is new since a resume."""
+        count, read = self.count - self._earlier[0], self.read - self._earlier[1]
+        images = f"{len(self.names)} different image{'s' * (len(self.names) != 1)}"
+        named = f"{images} on this rank, named above"
+        total = f"{self.count} of {self.read} images read could not be decoded and were replaced"
+        if not self._earlier[1]:
+            return f"{total} by others ({named})"
+        since = f"{count} of {read} ({named})" if count else f"none of {read}"
+        return f"{total} by others; since the resume {since}"
 
 # %% ../../nbs/data/09_loader.ipynb #c035c
 def next_batch(batches: Iterator[dict[str, Any]], meter: Meter) -> dict[str, Any]:
@@ -463,7 +477,7 @@ def loading_problem(wait: float, cpu: float, config: Config, max_fraction: float
         return ""
     return (
         f"{problem}; try {faster}or smaller images on a fast disk "
-        "(python -m densecl.data lmdb SRC DST.lmdb --short-side 320)"
+        "(densecl data lmdb SRC DST.lmdb --short-side 320)"
     )
 
 
