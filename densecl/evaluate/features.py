@@ -229,7 +229,7 @@ def load_network(
     encoder.backbone.load_state_dict(state)
     return config, encoder
 
-
+# %% ../../nbs/evaluate/00_features.ipynb #c028aa
 def _load_timm(path: Path | str, backbone: str) -> tuple[Config, Encoder]:
     """A model of timm, "timm:NAME", with the tensors of a file; raises `UsageError`."""
     config = replace(BACKBONE_ONLY, backbone=backbone)
