@@ -1,7 +1,7 @@
 """The English of the chapters: the field's words, plain constructions, headings, narrow code.
 
 Markdown cells, docstrings, help texts and comments are read; code, formulas, addresses and stored
-keys in backticks are not. A chapter that is rewritten leaves the list NOT_REWRITTEN.
+keys in backticks are not.
 """
 
 import ast
@@ -9,7 +9,6 @@ import io
 import json
 import re
 import tokenize
-import warnings
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,6 @@ NAMES = sorted(
     for p in NBS.rglob("*.ipynb")
     if ".ipynb_checkpoints" not in p.parts
 )
-
-# chapters whose prose is still to be rewritten: their findings are counted and skipped
-NOT_REWRITTEN = {
-    "00_tour",
-    "guides/change_the_method",
-    "guides/cluster",
-    "guides/coming_from",
-    "guides/own_images",
-    "guides/pretrained_weights",
-    "index",
-}
 
 # chapters whose code is read without scrolling on a screen of 1280 pixels
 NARROW = [name for name in NAMES if re.match(r"0[1-7]_", name)]
@@ -214,17 +202,9 @@ def test_headings_with_not_are_found():
     assert not list(find_faults("## Pitfalls\n\nThis is not a heading.", headings=True))
 
 
-def test_the_list_names_chapters():
-    assert set(NAMES) >= NOT_REWRITTEN, "remove the names of chapters that do not exist"
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_prose_is_plain(name):
     faults = chapter_faults(name)
-    if name in NOT_REWRITTEN:
-        if not faults:
-            warnings.warn(f"{name} has no findings: remove it from NOT_REWRITTEN", stacklevel=1)
-        pytest.skip(f"{len(faults)} findings, not rewritten yet")
     assert not faults, "\n".join(faults)
 
 
