@@ -14,6 +14,13 @@ names=("" supervised mocov2-coco-800ep densecl-coco-800ep densecl-coco-1600ep mo
 row=${1:-}
 case "$row" in [1-7] | smoke) ;; *) echo "full.sh: give smoke or a row of the table, 1 to 7, not '${row}'" >&2; exit 2 ;; esac
 
+if [ -z "${DRY:-}" ] || [ "$row" = smoke ]; then
+    if ! error=$(python -c "import torch, densecl" 2>&1); then
+        echo "full.sh: python cannot import torch and densecl (${error##*$'\n'}); activate the environment first: . .venv/bin/activate" >&2
+        exit 2
+    fi
+fi
+
 go() { echo "+ $*"; [ -n "${DRY:-}" ] || "$@"; }
 on_all() { go torchrun --standalone --nproc_per_node="$gpus" -m "$@"; }
 

@@ -382,7 +382,8 @@ def _size_lines(config: Config, world_size: int) -> dict[str, str]:
 def _input_line(config: Config, cost: StepCost, world_size: int, loaded: float) -> str:
     trained = world_size * cost.batch / cost.seconds
     loaded *= world_size
-    line = f"at most {loaded:.0f} images per second from {config.workers} workers per process; "
+    workers = f"{config.workers} worker{'s' * (config.workers != 1)}"
+    line = f"at most {loaded:.0f} images per second from {workers} per process; "
     limit = "; loading is the limit" if loaded < trained else ""
     return f"{line}training needs {trained:.0f}{limit}"
 

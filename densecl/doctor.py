@@ -295,11 +295,12 @@ def _judge_trend(trend: Trend, reference: ReferenceLosses, start: int) -> tuple[
             f"it has risen again from {trend.low:.2f} (common if the queue is longer than the "
             "data set; otherwise try a lower --lr)"
         )
-    if trend.peak - trend.now > 0.05:
-        return "ok", f"{'falling after a rise' if trend.peak > trend.first else 'falling'}: normal"
     deadline = trend_deadline(reference, start)
-    if trend.last_step < deadline:
-        return "early", f"not falling yet, which is normal before step {deadline}"
+    too_early = trend.last_step < deadline
+    if trend.peak - trend.now > (0.2 if too_early else 0.05):
+        return "ok", f"{'falling after a rise' if trend.peak > trend.first else 'falling'}: normal"
+    if too_early:
+        return "early", f"not clearly falling yet, which is normal before step {deadline}"
     return "bad", "it does not fall"
 
 # %% ../nbs/11_doctor.ipynb #c037

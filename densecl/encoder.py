@@ -193,7 +193,7 @@ def _build_timm(name: str, kind: type) -> nn.Module:
     try:
         return kind(name.removeprefix("timm:"))
     except ImportError:
-        text = "timm is not installed: pip install 'densecl[timm]'"
+        text = "timm is not installed: pip install -e '.[timm]'"
         raise ValueError(text) from None
     except RuntimeError as e:  # of timm, for an unknown tag
         raise ValueError(str(e).splitlines()[0]) from None

@@ -297,7 +297,7 @@ def own_choices(argv: list[str], config: Config, images: int) -> list[Choice]:
     decided |= stored | given
     choices = recommend(images, device, init, decided, world_size)
     continued = stored.keys() - given.keys()
-    reason = f"of the run in {config.out}, which is continued"
+    reason = f"of the run in {config.out}"
     return [
         c._replace(reason=c.reason.replace("given", reason, 1)) if c.field in continued else c
         for c in choices
@@ -312,7 +312,9 @@ def check_run(argv: list[str], args: Namespace) -> tuple[Config, list[Choice], I
         args: result of `parse_args`; raises `UsageError` if a value or the data is not valid
     """
     config, choices, world_size = args.config, [], launch().world_size
-    validate_config(config, world_size, need_data=True)
+    undecided = args.preset == "own" and config.backbone == OWN.backbone
+    first = replace(config, backbone="resnet18-layer2") if undecided else config  # fits any size
+    validate_config(first, world_size, need_data=True)
     source = open_source(config.data_root, config.include, config.exclude)
     if args.preset == "own":
         choices = own_choices(argv, config, len(source))

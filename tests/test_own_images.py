@@ -157,7 +157,7 @@ def test_a_run_that_is_continued_keeps_its_values_on_another_device(place, monke
     capsys.readouterr()
     train(["own", "--data-root", "images", *TINY])
     assert "resumed at step 1" in (said := capsys.readouterr().err)
-    assert "of the run in runs/own, which is continued" in said
+    assert "of the run in runs/own" in said
     after = stored()
     assert {name: after[name] for name in RECOMMENDED_FIELDS} == {
         name: before[name] for name in RECOMMENDED_FIELDS
@@ -168,6 +168,12 @@ def test_a_run_that_is_continued_keeps_its_values_on_another_device(place, monke
         train, ["own", "--data-root", "images", *TINY, "--batch-size", "4"]
     )
     assert values("--data-root", "images", "--resume", "never")["batch_size"] == 4
+
+
+def test_an_error_names_the_backbone_that_would_be_chosen(place):
+    argv = ["own", "--data-root", "images", "--image-size", "32", "--dry-run"]
+    assert "resnet18 has a single cell" in message(train, argv)
+    assert "resnet50 has a single cell" in message(train, [*argv, "--backbone", "resnet50"])
 
 
 def test_a_batch_that_exceeds_the_memory_names_accumulate(place, monkeypatch):
@@ -195,7 +201,7 @@ def test_more_images_are_other_data(place, make_images):
     assert "12 images (now 13)" in message(train, ["own", "--data-root", "images", *TINY])
     make_images(place / "few", 2)
     text = message(train, ["own", "--data-root", "few", *TINY])
-    assert "of the run in runs/own, which is continued" in text and "2 images of few" in text
+    assert "of the run in runs/own" in text and "2 images of few" in text
 
 
 def test_the_processes_of_a_run_agree(place, monkeypatch):

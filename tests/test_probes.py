@@ -164,7 +164,7 @@ def test_without_scikit_learn_the_extra_is_named(folder, capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     status, _, err = evaluate(capsys, f"svm {SMALL} --data-root VOC2012")
-    assert status == 2 and "pip install 'densecl[transfer]'" in err and len(err.splitlines()) == 1
+    assert status == 2 and "pip install -e '.[transfer]'" in err and len(err.splitlines()) == 1
 
 
 def probe_rows(out):

@@ -95,6 +95,31 @@ def test_the_trial_run_of_a_table_row_lists_its_commands_and_writes_nothing(tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_the_trial_run_without_an_environment_ends_with_one_line(tmp_path):
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text(
+        "#!/bin/bash\necho \"ModuleNotFoundError: No module named 'torch'\" >&2; exit 1\n"
+    )
+    python.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+        "OUT": str(tmp_path / "out"),
+    }
+    script = Path(__file__).parents[1] / "benchmarks/full.sh"
+    done = subprocess.run(
+        ["bash", str(script), "smoke"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
+    (line,) = done.stderr.splitlines()
+    assert "No module named 'torch'" in line and ". .venv/bin/activate" in line
+
+
 @pytest.mark.long
 def test_the_trial_run_of_a_table_row_passes_every_stage(tmp_path):
     lines = smoke(tmp_path)

@@ -322,7 +322,14 @@ def test_files_without_batch_norm_counters_are_read_with_counters_of_zero(tmp_pa
 def test_a_truncated_backbone_is_loaded_into_a_complete_network_only_on_request(tmp_path, capsys):
     model = save_run("resnet18-layer3", tmp_path)
     main(["extract", str(tmp_path / "last.pt"), str(tmp_path / "out.pth")])
-    assert "truncated after layer3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "truncated after layer3" in said and "strict=False" in said
+    assert "densecl segment and detect load it with --partial" in said
+    exported = torch.load(tmp_path / "out.pth", weights_only=True)
+    result = torchvision.models.resnet18().load_state_dict(exported, strict=False)
+    assert not result.unexpected_keys
+    assert {key.split(".")[0] for key in result.missing_keys} == {"layer4", "fc"}
+    assert "only later stages and fc may be missing" in said
     assert same(
         torch.load(tmp_path / "out.pth", weights_only=True), model.encoder_q.backbone.state_dict()
     )

@@ -278,7 +278,7 @@ def require_package(package: str, purpose: str) -> None:
         purpose: subject of the message: what needs the package
     """
     if importlib.util.find_spec(package) is None:
-        raise UsageError(f"{purpose} needs {package}: pip install 'densecl[transfer]'")
+        raise UsageError(f"{purpose} needs {package}: pip install -e '.[transfer]'")
 
 # %% ../../nbs/data/06_labels.ipynb #c034
 def coco_semantic(root: Path, split: str, folder: str) -> SegmentationDataset:

@@ -483,8 +483,8 @@ def _usage_hint(name: str, out: Path | str, export_format: str) -> str:
     base, _, last = name.partition("-")
     if last:
         return (
-            f"truncated after {last}: it contains the tensors up to there; a complete {base} loads "
-            "it only with --partial, and its later stages are randomly initialized"
+            f"truncated after {last}: densecl segment and detect load it with --partial, {base} "
+            "with strict=False; only later stages and fc may be missing, and stay random"
         )
     depth = base.removeprefix("resnet")
     return USAGE_HINTS[export_format].format(base=base, depth=depth, out=str(out))
