@@ -487,5 +487,5 @@ def test_the_authors_pyarrow_database_is_rejected_with_its_reason(is_folder, tmp
     for call in (("verify", path), ("check", path), ("lmdb", path, tmp_path / "new.lmdb")):
         status, text, err = data(*call)
         assert (status, text, len(err)) == (2, "", 1)
-        assert "pyarrow" in err[0] and "densecl.data lmdb" in err[0]
+        assert "pyarrow" in err[0] and "densecl data lmdb" in err[0]
     assert not (tmp_path / "new.lmdb").exists()
