@@ -177,7 +177,8 @@ class Config(_Optimization):
     keep_checkpoints: int = 3
     """numbered checkpoints to keep, at least two so that there is one to fall back to"""
     resume: str = "auto"
-    """auto: continue the run in --out if there is one; never; or the path of a checkpoint"""
+    """auto: continue the run in --out if there is one; never: move it to replaced/ in that folder
+    and start from scratch; or the path of a checkpoint"""
     on_bad_image: Literal["skip", "raise"] = "skip"
     """an image that cannot be decoded: skip (use another one and report it), raise (stop)"""
     max_corrupt_fraction: float = 0.3

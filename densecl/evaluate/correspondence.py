@@ -215,10 +215,10 @@ def judge_match_rows(rows: Sequence[dict[str, Any]], deadline: int = 0) -> list[
         values = [last["exact"], _known_scores(rows[-1], "same_cell")["exact"], last["moved"]]
         exact, same, moved = ("-" if v is None else f"{v:.3f}" for v in values)
         text = f"probe match, {part}: exact {exact}, the same cell {same}, moved {moved}"
-        trained = rows[-1]["step"] > 0
         step = rows[-1]["step"]
+        trained = step > 0
         since_start = rows[0]["step"] == 0 and _answers_same_cell(rows[0], part)
-        if 0 < step < deadline and since_start and _answers_same_cell(rows[-1], part):
+        if trained and step < deadline and since_start and _answers_same_cell(rows[-1], part):
             remark = f"as before the training, which is normal before step {deadline}"
             judgments.append(("early", f"{text}: it answers the same cell, {remark}"))
         elif trained and _answers_same_cell(rows[-1], part):
