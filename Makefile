@@ -11,7 +11,7 @@ demo: .venv/installed           ## a real DenseCL run on the embedded photograph
 test: .venv/installed-dev lint  ## notebooks exported and clean? do they run? processes, signals and the command line?
 	sh tests/no_drift.sh $(BIN)
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 tests
 
 test-long: .venv/installed-dev  ## what takes longer: the slow cells and the slow tests
 	$(BIN)/nbdev_test --n_workers 2 --flags slow

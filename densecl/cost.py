@@ -299,6 +299,7 @@ def _fits(last: Measurement, images: int, memory: float, seconds: float, device:
     return device == "cuda" or growth <= 0.8 * free_memory() / distributed.world_size()
 
 # %% ../nbs/12_cost.ipynb #c030
+@distributed.restored_settings()
 def measure_step(config: Config, limit: float = 45) -> StepCost:
     """Measure time and memory of training steps. A collective.
 
@@ -465,6 +466,7 @@ def check_compiler(device: torch.device) -> None:
         ) from None
 
 # %% ../nbs/12_cost.ipynb #c041
+@distributed.restored_settings()
 def preflight(config: Config) -> None:
     """Check disk, workers, compiler and the connection of the processes. A collective.
 

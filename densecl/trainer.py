@@ -490,6 +490,7 @@ def open_state(config: Config, device: torch.device, hooks: Hooks, views: Datase
     return state
 
 # %% ../nbs/09_trainer.ipynb #4544492f
+@distributed.restored_settings()
 def train(
     config: Config,
     views: Dataset | None = None,

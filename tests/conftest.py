@@ -31,6 +31,15 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
 
 
+@pytest.fixture(autouse=True)
+def no_setting_remains():
+    """A test that leaves deterministic algorithms on changes speed and memory of later ones."""
+    yield
+    left = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    assert not left, "deterministic algorithms are still on"
+
+
 @pytest.fixture
 def make_images():
     """A function that fills a folder with small images, each of its own coarse color noise."""

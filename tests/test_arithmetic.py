@@ -80,16 +80,17 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_float32(monkeypatch, major, e
 
 
 def test_a_run_on_a_gpu_chooses_bf16_and_the_fastest_algorithms(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    benchmarks = []
     with pretended_cuda():
-        trainer.train(replace(tiny, device="cuda", max_steps=1))
-        assert torch.backends.cudnn.benchmark
+        config = replace(tiny, device="cuda", max_steps=1)
+        trainer.train(config, log=lambda row: benchmarks.append(torch.backends.cudnn.benchmark))
+        assert benchmarks == [True] and not torch.backends.cudnn.benchmark
         assert last_config()["amp"] == "bf16"
         assert "arithmetic: bf16 mixed precision, channels_last (" in capsys.readouterr().err
-        with contextlib.ExitStack() as stack:
-            stack.callback(torch.use_deterministic_algorithms, False)
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        with distributed.restored_settings():
             trainer.setup_device(replace(tiny, device="cuda", deterministic=True))
-        assert not torch.backends.cudnn.benchmark
+            assert not torch.backends.cudnn.benchmark
 
 
 def test_one_line_names_the_arithmetic_and_the_way_to_the_authors(tiny, capsys):

@@ -26,8 +26,7 @@ OPTIONS = shlex.split(
 def place(tmp_path, monkeypatch, make_images):
     monkeypatch.chdir(tmp_path)
     make_images(tmp_path / "images", 8)
-    yield tmp_path
-    torch.use_deterministic_algorithms(False)
+    return tmp_path
 
 
 def tensors(out):

@@ -33,8 +33,6 @@ TINY = [*resnets.TINY[2:], "--detector", "fpn", "--eval-images", "2", "--precise
 def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def body(out):

@@ -211,8 +211,6 @@ def run_here(*argv):
             run_command(main, [*TINY, "--workers", "0", *argv])
         except SystemExit as e:
             status = e.code
-        finally:
-            torch.use_deterministic_algorithms(False)
     return status, stderr.getvalue()
 
 

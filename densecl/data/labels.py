@@ -526,11 +526,18 @@ def mean_iou(
     import torch
     from torchmetrics.classification import MulticlassConfusionMatrix
 
+    from densecl.runtime.distributed import restored_settings
+
     metric = MulticlassConfusionMatrix(num_classes, ignore_index=VOID, validate_args=False)
     metric = metric.to(device or "cpu")
     for prediction, mask in pairs:
         prediction = torch.as_tensor(prediction, device=device).long()
-        metric.update(prediction, torch.as_tensor(mask, device=device).long())
+        mask = torch.as_tensor(mask, device=device).long()
+        with restored_settings():
+            # a count is the same in any order, and a deterministic one of torchmetrics takes
+            # 20 GB for an image with 81 classes
+            torch.use_deterministic_algorithms(False)
+            metric.update(prediction, mask)
     confusion = metric.compute().double()  # true class x predicted class, summed over the ranks
     iou = iou_from_confusion(confusion).tolist()
     return {

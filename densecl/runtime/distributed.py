@@ -6,9 +6,9 @@
 __all__ = ['CHECKS', 'LOST_PEER', 'COMMUNICATION', 'MESSAGE_BYTES', 'world_size', 'rank', 'without_peers', 'keep_freed_memory',
            'init_distributed', 'check_gpu_count', 'first_lines', 'shutdown', 'communication_error',
            'distributed_session', 'all_gather', 'all_reduce_sum', 'all_reduce_mean', 'broadcast_', 'any_rank',
-           'start_any_rank', 'raise_on_all_ranks', 'raise_together', 'has_bf16', 'choose_amp', 'rank_order_hook',
-           'average_gradients', 'local_gradients', 'queue_copy', 'queue_copies', 'constant', 'ExchangePlan',
-           'exchange_plan', 'exchange', 'exchange_all', 'BatchShuffle']
+           'start_any_rank', 'raise_on_all_ranks', 'raise_together', 'has_bf16', 'choose_amp', 'restored_settings',
+           'rank_order_hook', 'average_gradients', 'local_gradients', 'queue_copy', 'queue_copies', 'constant',
+           'ExchangePlan', 'exchange_plan', 'exchange', 'exchange_all', 'BatchShuffle']
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c002
 import ctypes
@@ -348,6 +348,21 @@ def choose_amp(amp: str, device: torch.device) -> str:
     if amp != "auto":
         return amp
     return "off" if any_rank(not has_bf16(device)) else "bf16"
+
+# %% ../../nbs/runtime/01_distributed.ipynb #b815d20c
+@contextmanager
+def restored_settings() -> Iterator[None]:
+    """Restore torch's threads, deterministic algorithms and cuDNN's benchmark at the end."""
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c029
 def rank_order_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

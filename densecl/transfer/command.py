@@ -140,6 +140,7 @@ def _open_inputs(
     return inputs
 
 # %% ../../nbs/transfer/03_command.ipynb #c010j
+@distributed.restored_settings()
 def run_transfer(task: TransferTask, argv: list[str]) -> None:
     """Run a transfer command: check, train every trial from each initialization, print the table.
 
