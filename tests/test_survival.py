@@ -319,6 +319,12 @@ def test_another_number_of_ranks_continues_from_the_same_checkpoint(before, afte
     assert [row["step"] for row in rows("out")] == [2, 4, 6, 8]
 
 
+def is_listening(port):
+    """Whether a process of this machine accepts connections at a port."""
+    with socket.socket() as s:
+        return s.connect_ex(("localhost", port)) == 0
+
+
 def test_two_agents_meet_train_and_stop_together_on_a_signal_to_one(place):
     """Two torchruns on this machine. SIGUSR1 to the second; then both again, to the end."""
     with socket.socket() as s:
@@ -335,14 +341,14 @@ def test_two_agents_meet_train_and_stop_together_on_a_signal_to_one(place):
             ranks=1,
         )
 
-    with (
-        Run("--out", "out", before=agent("a")) as first,
-        Run("--out", "out", before=agent("a")) as second,
-    ):
-        first.wait_until(lambda: last_step("out") >= 4)
-        second.process.send_signal(signal.SIGUSR1)
-        first.exit_status()
-        second.exit_status()
+    with Run("--out", "out", before=agent("a")) as first:
+        # the agent that listens first serves the store, which the other one needs to its end
+        first.wait_until(lambda: is_listening(port))
+        with Run("--out", "out", before=agent("a")) as second:
+            first.wait_until(lambda: last_step("out") >= 4)
+            second.process.send_signal(signal.SIGUSR1)
+            first.exit_status()
+            second.exit_status()
     text = first.text + second.text
     assert "another process received a signal" in text
     assert re.search(r"exitcode\s*: 75", first.text), first.text  # torchrun's report
