@@ -164,6 +164,12 @@ class Chapter:
 
         number = len(self.renderer.sections)
         out = self.to_html(FORMULA.sub(store, source))
+        # a formula and the punctuation beside it are not broken over two lines
+        out = re.sub(
+            "\\(?\ue000\\d+\ue001[.,;:)]+|\\(\ue000\\d+\ue001",
+            r'<span class="together">\g<0></span>',
+            out,
+        )
         out = re.sub("\ue000(\\d+)\ue001", lambda m: formulas[int(m[1])], out)
         parts = re.split(r"<h[1-6] id=.*?</h[1-6]>", out, flags=re.DOTALL)
         for section, part in zip(self.renderer.sections[number - 1 :], parts, strict=True):

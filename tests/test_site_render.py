@@ -70,6 +70,13 @@ def test_formulas_are_drawn_in_text_and_tables_and_not_in_code():
     assert "$b$" in page.html and "$HOME" in page.html and "$5" in page.html
 
 
+def test_a_formula_stays_with_the_punctuation_beside_it():
+    page = chapter(v4.new_markdown_cell("the loss ($a$), $b$ and $c$."))
+    found = re.findall(r'<span class="together">(\(?)<math.*?</math>(.*?)</span>', page.html)
+    assert found == [("(", "),"), ("", ".")]
+    assert ".together { white-space: nowrap }" in site_pages.style()
+
+
 def test_a_number_stays_with_its_unit_in_text_but_not_in_code():
     page = chapter(v4.new_markdown_cell("4.2 % of 3 ± 1, `7 % 3`"))
     assert (
