@@ -67,7 +67,7 @@ POINT_SCRIPT = """
     const g = s.c.getContext("2d"), [h, w] = s.grid;
     const x = (cell%w + .5)*s.c.width/w, y = (Math.floor(cell/w) + .5)*s.c.height/h;
     g.beginPath(); g.arc(x, y, 7, 0, 7); g.lineWidth = 2.5; g.strokeStyle = "white";
-    if (fill) { g.fillStyle = "#ff7f0e"; g.fill(); }
+    if (fill) { g.fillStyle = "QUERY_COLOR"; g.fill(); }
     g.stroke();
   };
   const point = (i, cell) => {
@@ -87,7 +87,7 @@ POINT_SCRIPT = """
     ring(from, cell, true); ring(to, best, false);
     say.textContent = `best cosine ${cosine(high).toFixed(3)}, lowest ${cosine(low).toFixed(3)}`;
   };
-"""
+""".replace("QUERY_COLOR", plotting.QUERY_COLOR)
 
 # %% ../../nbs/visualize/01_interactive.ipynb #c012
 PAGE_SCRIPT = (

@@ -200,7 +200,7 @@ def draw_matches(
 
 # %% ../../nbs/visualize/00_plotting.ipynb #c043
 MAP_TEMPERATURE = 0.1
-QUERY_COLOR = "#ff7f0e"  # orange, of the position whose map is drawn
+QUERY_COLOR = VIEW_COLORS[0]  # of the position whose map is drawn, in the query view
 TRUTH_COLOR = "cyan"  # of the cross at the ground truth
 
 
