@@ -18,6 +18,7 @@ CHAPTER_FILES = (
     "benchmarks/results.jsonl",
     "benchmarks/position.jsonl",
     "benchmarks/demo.jsonl",
+    "benchmarks/transfer.jsonl",
     "benchmarks/figures.jsonl",
 )
 

@@ -19,6 +19,7 @@ CHAPTER_FILES = (
     "benchmarks/results.jsonl",
     "benchmarks/position.jsonl",
     "benchmarks/demo.jsonl",
+    "benchmarks/transfer.jsonl",
     "benchmarks/figures.jsonl",
 )
 pytest.importorskip("setuptools", minversion="70.1", reason="building a wheel needs setuptools")
