@@ -28,9 +28,9 @@ from densecl.data.loader import CorruptImageCounter, build_loader, build_views
 from densecl.detect.__main__ import main as detect
 from densecl.encoder import Encoder, build_backbone
 from densecl.evaluate.__main__ import main as evaluate
-from densecl.runtime.checkpoint import MetricsLog
 from densecl.runtime.io import UsageError
 from densecl.runtime.metrics import Meter
+from densecl.runtime.metrics_log import MetricsLog
 from densecl.runtime.signals import StopSignal
 from densecl.segment.__main__ import main as segment
 from densecl.variants import POSITIVES

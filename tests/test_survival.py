@@ -12,13 +12,14 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 
 from densecl.runtime.io import run_command
+from densecl.runtime.metrics_log import MetricsLog
 from densecl.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -618,6 +619,26 @@ checkpoint.write_checkpoint = write_checkpoint
     resume("out", 4, 6, *probing)
     found = [(row["step"], "probe" in row) for row in rows("out")]
     assert found == [(0, True)] + [(step, probe) for step in (2, 4, 6) for probe in (False, True)]
+
+
+@pytest.mark.parametrize("clock", [0, -3600, 1])
+@pytest.mark.parametrize("number", [0, 9, 99])
+def test_tensorboard_reads_the_resumed_process_last(number, clock, tmp_path, monkeypatch):
+    """Event files are named by second and number of the writer, and sorted as text: 9 after 10."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
+
+    for i, (steps, start) in enumerate(((range(1, 8), 0), (range(5, 10), 4), (range(8, 12), 7))):
+        now = 1_700_000_000 + i * clock
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        numbers = iter([number + i])
+        monkeypatch.setattr(event_file_writer._global_uid, "get", lambda n=numbers: next(n))
+        with closing(MetricsLog(tmp_path, start)) as log:
+            for step in steps:
+                log.row(step=step, loss=float(10 * i))
+    events = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("loss")
+    assert [event.step for event in events] == list(range(1, 12))
+    assert [event.value for event in events] == 4 * [0] + 3 * [10] + 4 * [20]
 
 
 def test_a_checkpoint_with_the_old_names_of_config_fields_continues(place):
