@@ -30,7 +30,7 @@ from .loss import info_nce_reference
 from .memory import free_memory
 from .model import MoCo, momentum_update_
 from .runtime import distributed
-from .runtime.io import RunError, UsageError
+from .runtime.io import RunError, UsageError, counted
 from .runtime.metrics import cores_per_process, peak_memory
 from .runtime.workers import check_shared_memory, check_worker_limits
 from .trainer import TrainState, build_model, setup_device, train_step, wrap_model
@@ -422,7 +422,7 @@ def cost_report(
         "sends": lines["sends"],
         "step": f"{step}; without loading",
         **feed,
-        "finish": f"{format_duration(steps * cost.seconds)} for {steps} steps",
+        "finish": f"{format_duration(steps * cost.seconds)} for {counted(steps, 'step')}",
         "memory": f"{cost.memory:.0f} MB at the peak{' of the process' * on_cpu}",
     }
     return "\n".join(f"{name:8}{text}" for name, text in lines.items())

@@ -42,6 +42,7 @@ from densecl.runtime.io import (
     Parser,
     UsageError,
     add_config,
+    counted,
     did_you_mean,
     launch,
     option_name,
@@ -146,23 +147,24 @@ def run_plan(config: Config, images: int, world_size: int = 1) -> str:
     last_lr = learning_rate(config, (config.epochs - 1) * max(steps, 1), max(steps, 1))
     arithmetic = {"off": "float32", "auto": "bf16 where the hardware has it, else float32"}
     lines = {
-        "data": f"{config.data_root}: {images} images, {steps} steps per epoch, "
-        f"{total} steps in {config.epochs} epochs",
+        "data": f"{config.data_root}: {counted(images, 'image')}, "
+        f"{counted(steps, 'step')} per epoch, {counted(total, 'step')} in "
+        f"{counted(config.epochs, 'epoch')}",
         "batch": f"{_describe_batch(config, world_size)}; "
-        f"{images % config.batch_size} images left over per epoch",
+        f"{counted(images % config.batch_size, 'image')} left over per epoch",
         "model": f"{config.method}, {config.backbone}, {config.image_size} px: "
         f"{side} x {side} cells; embeddings of {config.dim}",
-        "queue": f"K = {config.queue_len}, full after {full} steps; "
+        "queue": f"K = {config.queue_len}, full after {counted(full, 'step')}; "
         f"ln(1 + K) = {ceiling:.2f} is the loss at chance level",
         "lr": f"{config.lr:g} {_start_of_lr(config)}, {last_lr:.2g} in the last epoch; "
         f"cosine per {config.schedule}",
         "updates": _optimizer_of(config),
         "device": f"{config.device}, {arithmetic.get(config.amp, config.amp)}",
-        "ends": f"after {min(config.max_steps or sys.maxsize, total)} steps",
+        "ends": f"after {counted(min(config.max_steps or sys.maxsize, total), 'step')}",
         "begins": _start_of(config),
         "writes": f"{config.out}/ with config.json, metrics.jsonl and events (one row per "
-        f"{config.log_every} steps), last.pt, step-*.pt and matches/*.png (every "
-        f"{config.save_every} steps; {config.keep_checkpoints} checkpoints are kept)",
+        f"{counted(config.log_every, 'step')}), last.pt, step-*.pt and matches/*.png (every "
+        f"{counted(config.save_every, 'step')}; {config.keep_checkpoints} checkpoints are kept)",
     }
     return "\n".join(f"{subject:8}{text}" for subject, text in lines.items())
 
@@ -190,7 +192,7 @@ def micro_batch_hints(config: Config) -> list[str]:
 
 def _start_of_lr(config: Config) -> str:
     warmup = config.lr_warmup_epochs
-    return f"after {warmup} epochs of linear warm-up" if warmup else "at the start"
+    return f"after {counted(warmup, 'epoch')} of linear warm-up" if warmup else "at the start"
 
 
 def _optimizer_of(config: Config) -> str:

@@ -330,7 +330,7 @@ def test_one_step_that_fp16_skipped_is_normal_and_many_are_not(skip, tmp_path, c
     rows = falling(grad=0.5)
     doctor.main(write_run(tmp_path, [rows[0] | skip, *rows[1:]], amp="fp16"))
     text = capsys.readouterr().out
-    assert "fp16 skipped 1 steps" in text and "not normal" not in text
+    assert "fp16 skipped 1 step" in text and "not normal" not in text
     doctor.main(write_run(tmp_path, [row | skip for row in rows], amp="fp16"))
     assert "verdict: not normal" in capsys.readouterr().out
     doctor.main(write_run(tmp_path, [*rows[:-1], rows[-1] | {"grad": float("inf")}], amp="off"))

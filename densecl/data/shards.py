@@ -27,7 +27,7 @@ from densecl.data.sources import (
     progress_bar,
     save_cache,
 )
-from ..runtime.io import UsageError
+from ..runtime.io import UsageError, counted
 
 # %% ../../nbs/data/04_shards.ipynb #c016
 class ShardIndex(NamedTuple):
@@ -82,7 +82,8 @@ def index_archive(file: BinaryIO, size: int, name: str) -> ShardIndex:
     except PermissionError as e:
         raise UsageError(f"--data-root {name}: cannot be read ({e.strerror})") from e
     except (tarfile.TarError, OSError, EOFError) as e:
-        reason = f"not a complete tar archive ({one_line(e)}; {len(names)} images before that)"
+        before = counted(len(names), "image")
+        reason = f"not a complete tar archive ({one_line(e)}; {before} before that)"
         remedy = "compressed archives (.tar.gz) must be decompressed to .tar"
         raise UsageError(f"--data-root {name}: {reason}; {remedy}") from e
     packed_labels = PackedStrings.pack(labels.get(os.path.splitext(n)[0], "") for n in names)

@@ -29,6 +29,7 @@ from densecl.runtime.io import (
     RunError,
     UsageError,
     atomic_write,
+    counted,
     fsync_folder,
     lock_folder,
     strict_json,
@@ -316,7 +317,7 @@ class LogCallback:
     def close(self) -> None:
         """Print the number of failed rows, if there are any."""
         if self.failed_rows:
-            print_on_rank0(f"warning: log failed for {self.failed_rows} rows")
+            print_on_rank0(f"warning: log failed for {counted(self.failed_rows, 'row')}")
         self.failed_rows = 0
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #5e0c858c

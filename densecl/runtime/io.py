@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNSUPPORTED', 'WARNED', 'MACHINE_ERRORS', 'warn_once', 'sync_to_disk', 'fsync_folder', 'atomic_write', 'parse_row',
            'read_log', 'strict_json', 'UsageError', 'RunError', 'RunStopped', 'Launch', 'launch', 'machine_error',
-           'run_command', 'note_once', 'refuse_shadowed_word', 'chapter_file', 'did_you_mean', 'Parser', 'switch',
-           'add_config', 'option_name', 'lock_folder', 'check_output_folder']
+           'run_command', 'note_once', 'counted', 'refuse_shadowed_word', 'chapter_file', 'did_you_mean', 'Parser',
+           'switch', 'add_config', 'option_name', 'lock_folder', 'check_output_folder']
 
 # %% ../../nbs/runtime/00_io.ipynb #c002
 import argparse
@@ -337,6 +337,16 @@ def note_once(text: str) -> None:
     if first and text not in _noted:
         print(f"densecl: {text}", file=sys.stderr)
     _noted.add(text)
+
+# %% ../../nbs/runtime/00_io.ipynb #c025n2
+def counted(number: int, noun: str) -> str:
+    """A number with a noun, as in "1 step" and "2 steps".
+
+    Args:
+        number: the number
+        noun: the singular; the plural has an s
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 # %% ../../nbs/runtime/00_io.ipynb #ededd008
 def refuse_shadowed_word(word: Path | str, option: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .io import RunError, UsageError, launch
+from .io import RunError, UsageError, counted, launch
 
 try:
     import resource
@@ -276,7 +276,7 @@ def judge_skipped(rows: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
         return None
     recent = skipped[-max(3, len(rows) // 10) :]
     span = rows[-1]["step"] - (rows[-len(recent) - 1]["step"] if len(rows) > len(recent) else 0)
-    text = f"fp16 skipped {sum(skipped)} steps"
+    text = f"fp16 skipped {counted(sum(skipped), 'step')}"
     if len(rows) > 3 and sum(recent) > max(1, 0.1 * span):
         text += f", {sum(recent)} of the last {span}; --amp bf16 and off do not overflow"
         return "bad", text
