@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .runtime.io import Parser, UsageError, atomic_write, run_command
 from .visualize.matches import hover_map, load_image, show_matches
 from .weights import load_feature_encoder
+
+if TYPE_CHECKING:
+    from densecl.encoder import Encoder
 
 # %% auto #0
 __all__ = ['OUTPUT_SUFFIXES', 'parser', 'main']
@@ -29,6 +33,10 @@ def parser() -> Parser:
         "--weights",
         required=True,
         help="last.pt of a run, any file of weights, or a released checkpoint such as coco-800ep",
+    )
+    main.add_argument(
+        "--backbone",
+        help="of --weights random, or timm:NAME of a file that timm can read",
     )
     main.add_argument("--images", required=True, nargs=2, metavar=("A", "B"), help="two images")
     main.add_argument(
@@ -51,6 +59,19 @@ def parser() -> Parser:
     return main
 
 # %% ../nbs/13_show.ipynb #c007
+def _load_encoder(args: Namespace) -> Encoder:
+    """The encoder of --weights and --backbone."""
+    if args.backbone:
+        from densecl.evaluate.features import load_network
+
+        return load_network(args.weights, args.backbone)[1]
+    try:
+        return load_feature_encoder(args.weights)
+    except UsageError as e:
+        hint = "; for a model of timm give --backbone timm:NAME, too"
+        raise UsageError(f"{e}{hint if 'not a ResNet' in str(e) else ''}") from None
+
+
 def _check_args(args: Namespace) -> None:
     """Raise `UsageError` for an invalid size, suffix or folder."""
     out = Path(args.out)
@@ -71,7 +92,7 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     _check_args(args)
     images = [load_image(path, args.size) for path in args.images]
-    encoder = load_feature_encoder(args.weights)
+    encoder = _load_encoder(args)
     out = Path(args.out)
     if out.suffix.lower() == ".html":
         title = " and ".join(Path(path).name for path in args.images)

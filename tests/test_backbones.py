@@ -72,11 +72,15 @@ def test_a_model_of_timm_is_trained_resumed_extracted_probed_and_drawn(name, pla
     assert "give --backbone timm:NAME, too" in message(evaluate.main, [*probe, "backbone.pth"])
     other = [*probe, "backbone.pth", "--backbone", "timm:resnet10t"]
     assert "does not fit timm:resnet10t" in message(evaluate.main, other)
-    show(
-        ["--weights", "whole/last.pt", "--out", "matches.png", "--images"]
-        + ["images/image-00.png", "images/image-01.png"]
+    pair = ["--images", "images/image-00.png", "images/image-01.png", "--out"]
+    show(["--weights", "whole/last.pt", *pair, "matches.png"])
+    show(["--weights", "backbone.pth", "--backbone", f"timm:{name}", *pair, "same.png"])
+    show(["--weights", "random", "--backbone", f"timm:{name}", *pair, "random.png"])
+    drawn = [Path(f"{file}.png").read_bytes() for file in ("matches", "same", "random")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert "give --backbone timm:NAME, too" in message(
+        show, ["--weights", "backbone.pth", *pair, "none.png"]
     )
-    assert Path("matches.png").stat().st_size > 1000
     train([*options, "--out", "again", "--max-steps", "1", "--init", "whole/last.pt"])
 
 
