@@ -288,10 +288,35 @@ def plot_detections(
     return fig
 
 # %% ../../nbs/detect/04_main.ipynb #c019
+def _free_corner(
+    ax: Axes, box: np.ndarray, text: str, placed: list[tuple[float, float, float, float]]
+) -> tuple[float, float, str, str]:
+    """x, y and alignment of a text in a corner of a box; its area is appended to `placed`."""
+    x1, y1, x2, y2 = box
+    # 8 points in a panel of 2.4 inches: about 3 % of its width per letter, 8 % of its height
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    width, height = 0.03 * (right - left) * (len(text) + 1), 0.08 * (bottom - top)
+    areas = {
+        (x1, y1, "left", "top"): (x1, y1, x1 + width, y1 + height),
+        (x2, y1, "right", "top"): (x2 - width, y1, x2, y1 + height),
+        (x1, y2, "left", "bottom"): (x1, y2 - height, x1 + width, y2),
+        (x2, y2, "right", "bottom"): (x2 - width, y2 - height, x2, y2),
+    }
+
+    def is_free(area):
+        a, b, c, d = area
+        inside = left <= a and c <= right and top <= b and d <= bottom
+        return inside and all(a >= r or c <= p or b >= s or d <= q for p, q, r, s in placed)
+
+    corner = next((corner for corner in areas if is_free(areas[corner])), next(iter(areas)))
+    placed.append(areas[corner])
+    return corner
+
+
 def draw_labeled_boxes(
     ax: Axes, boxes: np.ndarray, colors: Sequence[str], texts: Iterable[str]
 ) -> None:
-    """Draw boxes with a text at the upper left corner of each.
+    """Draw boxes, each with a text at its first corner where it covers no earlier text.
 
     Args:
         ax: axes that show the image
@@ -300,10 +325,12 @@ def draw_labeled_boxes(
         texts: M texts
     """
     draw_boxes(ax, [(x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes], colors)
-    for (x1, y1, _, _), color, text in zip(boxes, colors, texts):
+    placed: list[tuple[float, float, float, float]] = []
+    for box, color, text in zip(boxes, colors, texts):
+        x, y, ha, va = _free_corner(ax, box, text, placed)
         background = {"facecolor": color, "edgecolor": "none", "pad": 1}
-        style = {"fontsize": 8, "color": "white", "va": "top", "clip_on": True}
-        ax.text(x1, y1, text, bbox=background, **style)
+        style = {"fontsize": 8, "color": "white", "ha": ha, "va": va, "clip_on": True}
+        ax.text(x, y, text, bbox=background, **style)
 
 # %% ../../nbs/detect/04_main.ipynb #c023
 def table_columns(
