@@ -84,11 +84,14 @@ METHODS = {
     "lambda 0.9": "--loss-lambda 0.9",
     "grid 1": "--grid 1",
     "grid 3": "--grid 3",
+    "random offset": "--random-offset 2",
+    "mirrored margin": "--backbone benchmarks.backbones:mirrored_margin",
 }
 GROUPS = {
     "methods": ["untrained", "MoCo-v2", "DenseCL", "geometry"],
     "tuning": ["lambda warm-up", "K 4096", "T 0.1"],
     "suspects": ["random", "intra-image", "position", "reflect", "dense"],
+    "borders": ["MoCo-v2, reflect", "reflect, geometry", "random offset", "mirrored margin"],
     "ahead": ["geometry warm-up", "verified", "mutual", "centered", "sinkhorn"],
     "ablations": ["lambda 0.1", "lambda 0.3", "lambda 0.7", "lambda 0.9", "grid 1", "grid 3"],
     "long": ["MoCo-v2", "DenseCL", "geometry warm-up"],  # for --steps 10600
@@ -112,6 +115,8 @@ RENAMED_OPTIONS = {
     "--match centred": "--match centered",
     "--negatives own": "--negatives intra-image",
     "--match-warmup ": "--geometry-warmup ",
+    # the first rows were of a backbone that did the same
+    "--backbone benchmarks.backbones:random_offset": "--random-offset 2",
 }
 # fields of metrics.jsonl that are stored in a row
 CURVES = shlex.split("step loss_global loss_dense match_acc alike alike_backbone neg images_per_s")
@@ -211,6 +216,17 @@ def train_to(step, method, seed, args):
     run_training(["-m", "densecl.train", "demo", *shlex.split(options)], f"{folder}.log")
 
 
+def load_encoder(path):
+    """The query encoder of a checkpoint; its backbone may be a function of benchmarks.backbones."""
+    content = load_checkpoint(path)
+    if not content["config"]["backbone"].startswith("benchmarks."):
+        return load_network(path)[1]
+    encoder = untrained_like(Config(**content["config"]))
+    tensors = [(k.removeprefix("encoder_q."), v) for k, v in content["model"].items()]
+    encoder.load_state_dict({k: v for k, v in tensors if not k.startswith(("encoder_k.", "queue"))})
+    return encoder
+
+
 def load_at(step, method, seed, args):
     """The query encoder of a run after a number of steps, which are trained if need be.
 
@@ -230,7 +246,7 @@ def load_at(step, method, seed, args):
         if load_checkpoint(folder / "last.pt")["step"] != step:
             raise UsageError(f"{folder}: it is beyond step {step} already; give another --out")
         link_or_copy(folder / "last.pt", checkpoint.name)
-    return load_network(checkpoint)[1]
+    return load_encoder(checkpoint)
 
 
 def evaluate_at(step, method, seed, args):

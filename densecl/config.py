@@ -93,6 +93,9 @@ class _Method(_DataAndModel):
     padding: Literal["zeros", "reflect", "replicate"] = "zeros"
     """padding of the convolutions. zeros: the paper; reflect and replicate leak less position
     information"""
+    random_offset: int = 0
+    """cells by which the training input is larger than the image, which has a random place in it;
+    2 halves the position information in the small study; ResNets only, not in the paper"""
     bn: Literal["shuffle", "plain", "sync"] = "shuffle"
     """batch norm with several processes. shuffle: keys are shuffled across processes, the paper;
     plain: no shuffle; sync: SyncBN, CUDA only"""
@@ -440,8 +443,7 @@ def _option(config: Config, name: str) -> str:
 def _check_grid(config: Config) -> None:
     pixels, option = backbone_stride(config.backbone), _option(config, "image_size")
     if not pixels:
-        _check_other_backbone(config)
-        return
+        return _check_other_backbone(config)
     if config.image_size < pixels:
         raise UsageError(
             f"{option}: less than one cell of {config.backbone}, which is {pixels} pixels wide"
@@ -457,8 +459,9 @@ def _check_grid(config: Config) -> None:
 def _check_other_backbone(config: Config) -> None:
     if config.backbone.startswith("timm:") and find_spec("timm") is None:
         raise UsageError(f"{_option(config, 'backbone')}: timm is not installed; pip install timm")
-    if config.padding != "zeros":
-        raise UsageError(f"{_option(config, 'padding')}: for ResNets only")
+    for name in ("padding", "random_offset"):
+        if getattr(config, name) not in ("zeros", 0):
+            raise UsageError(f"{_option(config, name)}: for ResNets only")
 
 # %% ../nbs/08_config.ipynb #c052
 def fitting_queue_len(images: int) -> int:

@@ -29,33 +29,30 @@ def parser() -> Parser:
         prog="densecl show",
         description="Draw the matches of two images, computed from the features of a network.",
     )
-    main.add_argument(
+    add = main.add_argument
+    add(
         "--weights",
         required=True,
         help="last.pt of a run, any file of weights, or a released checkpoint such as coco-800ep",
     )
-    main.add_argument(
+    add(
         "--backbone",
         help="of --weights random, or timm:NAME of a file that timm can read",
     )
-    main.add_argument("--images", required=True, nargs=2, metavar=("A", "B"), help="two images")
-    main.add_argument(
+    add("--images", required=True, nargs=2, metavar=("A", "B"), help="two images")
+    add(
         "--out",
         default="matches.png",
         help="figure (.png, .jpg, .pdf) or interactive web page (.html) to write",
     )
-    main.add_argument(
-        "--size", type=int, default=320, help="short side of the network's input in pixels"
-    )
-    main.add_argument(
+    add("--size", type=int, default=320, help="short side of the network's input in pixels")
+    add(
         "--features",
         choices=("backbone", "dense"),
         default="backbone",
         help="features to compare: of the backbone, or projections of the dense head",
     )
-    main.add_argument(
-        "--lines", type=int, default=40, help="number of mutual nearest neighbors to draw"
-    )
+    add("--lines", type=int, default=40, help="number of mutual nearest neighbors to draw")
     return main
 
 # %% ../nbs/13_show.ipynb #c007

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .accumulate import accumulate_gradients
-from .config import Config
+from .config import Config, backbone_stride
 from densecl.data.loader import (
     CorruptImageCounter,
     KeyedDataset,
@@ -56,7 +56,7 @@ from .runtime.io import RunError, UsageError
 from .runtime.metrics import Meter, check_finite, gradient_norm
 from .runtime.signals import StopSignal, raise_stopped
 from .runtime.workers import iter_batches
-from .variants import POSITIVES, DenseCLVariant, match_geometry
+from .variants import POSITIVES, DenseCLVariant, RandomOffset, match_geometry
 from .weights.initial import load_initial_
 
 # %% ../nbs/09_trainer.ipynb #c009
@@ -72,6 +72,8 @@ def build_model(config: Config) -> MoCo:
     except ValueError as e:
         raise UsageError(f"--backbone {config.backbone}: {e}") from None
     load_initial_(backbone, config.backbone, config.init)
+    if config.random_offset:
+        RandomOffset(backbone, config.random_offset, backbone_stride(config.backbone))
     heads = (config.hidden, config.dim, config.grid or None)
     encoder = Encoder(backbone, channels, *heads, dense=config.method == "densecl")
     options = (config.queue_len, config.momentum, config.temperature)

@@ -51,6 +51,7 @@ def train(folder, *options):
         pytest.param("--match mutual --geometry-warmup 1", marks=pytest.mark.long),
         pytest.param("--match centered", marks=pytest.mark.long),
         "--match sinkhorn",
+        "--random-offset 2",
     ],
     ids=str,
 )
@@ -92,6 +93,8 @@ def test_positives_by_geometry_are_exact_in_bf16_and_the_matches_of_the_features
         ("--method mocov2 --match geometry", "no dense loss"),
         ("--negatives all", "choose from pooled"),
         ("--match sinkhorn --negatives intra-image", "none is left for --negatives intra-image"),
+        ("--random-offset -1", "must not be below 0"),
+        ("--backbone timm:resnet10t --random-offset 1", "for ResNets only"),
         ("--bn sync --device cpu", "SyncBN needs CUDA"),
     ],
     ids=str,
@@ -111,7 +114,7 @@ def test_the_defaults_are_the_papers_model():
 def test_a_checkpoint_without_the_options_can_be_resumed():
     config = replace(presets["demo"], geometry_warmup=0)
     saved = asdict(config)
-    for name in ("match", "geometry_warmup", "negatives", "padding", "bn"):
+    for name in ("match", "geometry_warmup", "negatives", "padding", "random_offset", "bn"):
         del saved[name]
     check_resumable(saved, config)
     with pytest.raises(UsageError, match="match backbone \\(now geometry\\)"):

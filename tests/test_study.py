@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_probes import make_voc_tree
 
 from densecl.config import Config
 from densecl.evaluate.bootstrap import resampled_accuracy, resampled_mean_iou
 from densecl.evaluate.features import untrained_like
+from densecl.runtime.checkpoint import load_checkpoint
 from densecl.runtime.io import UsageError, run_command
 from densecl.train import parse_args
 from densecl.trainer import train
@@ -68,8 +70,23 @@ def test_rows_from_before_a_change_of_options_are_found():
     args = Namespace(
         steps=1060, epochs=20, per_epoch=53, again=False, probe_at=[], until=100, results=path
     )
-    for method in ("untrained", "MoCo-v2", "DenseCL", "geometry", "geometry warm-up", "T 0.1"):
+    methods = ("untrained", "MoCo-v2", "DenseCL", "geometry", "geometry warm-up", "T 0.1")
+    for method in (*methods, "random offset"):
         assert reproduce.has_row(method, 0, args), method
+
+
+def test_a_backbone_of_the_study_is_trained_and_loaded(study, monkeypatch):
+    monkeypatch.syspath_prepend(Path(reproduce.__file__).parents[1])
+    option = shlex.split(reproduce.METHODS["mirrored margin"])[1]
+    train(replace(TINY, backbone=option, data_root="images", out="run", image_size=64, max_steps=1))
+    encoder = reproduce.load_encoder("run/last.pt")
+    saved = load_checkpoint("run/last.pt")["model"]
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, saved[f"encoder_q.{name}"])
+    images = torch.randn(2, 3, 64, 64)
+    inside = encoder.backbone(images)[:, :, 1:3, 1:3]
+    assert inside.shape == encoder.backbone.body(images)[:, :, 1:3, 1:3].shape
+    assert not torch.allclose(inside, encoder.backbone.body(images)[:, :, 1:3, 1:3])
 
 
 @pytest.mark.long
