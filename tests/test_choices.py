@@ -20,6 +20,7 @@ from densecl.evaluate.correspondence import probe_views
 from densecl.evaluate.features import load_network
 from densecl.model import DenseCL
 from densecl.resume import check_resumable
+from densecl.runtime.checkpoint import load_checkpoint
 from densecl.runtime.io import UsageError
 from densecl.train import parse_args
 from densecl.trainer import build_model
@@ -67,6 +68,18 @@ def test_a_run_with_other_choices_trains_and_its_weights_load(tmp_path, options)
     assert config.padding == padding == encoder.backbone.conv1.padding_mode
     if options.startswith("--match geometry"):
         assert all(row["match_acc"] < 1 for row in rows)  # of the features, not of the positives
+
+
+def test_a_run_with_a_random_offset_resumes_bit_for_bit(tmp_path):
+    options = ("--random-offset", "2", "--epochs", "2")
+    for folder, steps in (("whole", "3"), ("resumed", "1"), ("resumed", "3")):
+        result = train(tmp_path / folder, *options, "--max-steps", steps)
+        assert result.returncode == 0, result.stderr
+    assert "resumed at step 1" in result.stderr
+    models = [load_checkpoint(tmp_path / f"{name}/last.pt") for name in ("whole", "resumed")]
+    assert models[0]["step"] == models[1]["step"] == 3
+    for name, tensor in models[0]["model"].items():
+        assert torch.equal(tensor, models[1]["model"][name]), name
 
 
 def test_positives_by_geometry_are_exact_in_bf16_and_the_matches_of_the_features_are_reported():
