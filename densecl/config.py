@@ -534,7 +534,7 @@ def upgrade_config(saved: dict) -> dict:
     """
     saved = {RENAMED_FIELDS.get(name, name): value for name, value in saved.items()}
     for name, values in RENAMED_VALUES.items():
-        if saved.get(name) in values:
-            saved[name] = values[saved[name]]
+        if isinstance(saved.get(name), str):
+            saved[name] = values.get(saved[name], saved[name])
     # JSON has no tuples
     return {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}

@@ -283,7 +283,7 @@ class StepCost(NamedTuple):
 
 
 def _fits(last: Measurement, images: int, memory: float, seconds: float, device: str) -> bool:
-    """Whether a larger batch is expected to fit into the remaining time and the memory.
+    """Whether a larger batch is expected to fit into the remaining time and the CPU memory.
 
     Args:
         last: measurement of the last batch size

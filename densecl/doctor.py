@@ -69,9 +69,9 @@ def chance_accuracy(config: Config) -> float:
     """Matching accuracy of random matches, 1 / (S x S); 0 if the size S of the grid is unknown.
 
     Args:
-        config: its `backbone` and `image_size` are used
+        config: its `grid`, `backbone` and `image_size` are used
     """
-    side = grid_size(config)
+    side = config.grid or grid_size(config)
     return 1 / side**2 if side else 0.0
 
 # %% ../nbs/11_doctor.ipynb #c011
@@ -149,7 +149,7 @@ def advice(config: Config) -> str:
     """
     batch, lr = config.batch_size, config.lr
     coco, imagenet = 0.3 * batch / 256, 0.03 * batch / 256  # the linear rule
-    scaled = f"{coco:.2g} on COCO and {imagenet:.2g} on ImageNet for {batch} images per step"
+    scaled = f"{coco:.4g} on COCO and {imagenet:.4g} on ImageNet for {batch} images per step"
     steps = [f"a lower --lr (now {lr:g}; the paper's learning rate is {scaled})"]
     if config.amp != "off":
         steps.append("--amp off")

@@ -178,9 +178,14 @@ def build_custom_backbone(name: str) -> nn.Module:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        backbone = getattr(importlib.import_module(module), function)()
+        make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as e:
         text = f"cannot be imported ({e}); it needs package.module:function"
+        raise ValueError(text) from e
+    try:
+        backbone = make()
+    except TypeError as e:
+        text = f"{function}() failed ({e}); it needs a function without arguments"
         raise ValueError(text) from e
     if not isinstance(backbone, nn.Module):
         text = f"{function}() returned {type(backbone).__name__}, not an nn.Module"

@@ -141,7 +141,7 @@ def run_plan(config: Config, images: int, world_size: int = 1) -> str:
         images: number of images in the data set
         world_size: number of processes; they divide the batch
     """
-    steps, side = images // config.batch_size, grid_size(config) or "?"
+    steps, side = images // config.batch_size, config.grid or grid_size(config) or "?"
     total = steps * config.epochs
     ceiling, full = math.log(1 + config.queue_len), math.ceil(config.queue_len / config.batch_size)
     last_lr = learning_rate(config, (config.epochs - 1) * max(steps, 1), max(steps, 1))
@@ -202,12 +202,15 @@ def _optimizer_of(config: Config) -> str:
 
 
 def _start_of(config: Config) -> str:
-    last = Path(config.out) / "last.pt"
+    folder = Path(config.out)
+    checkpoints = [*sorted(folder.glob("step-*.pt")), *folder.glob("last.pt")]
     if config.resume not in ("auto", "never"):
         return f"from {config.resume}"
-    if config.resume == "never" and last.exists():
+    if not checkpoints:
+        return "from scratch"
+    if config.resume == "never":
         return f"from scratch; the run in {config.out} is moved to {config.out}/replaced"
-    return f"from {last}" if config.resume == "auto" and last.exists() else "from scratch"
+    return f"from {checkpoints[-1]}"
 
 # %% ../nbs/10_train.ipynb #f1f6bdc4
 def optimizer_hints(config: Config) -> list[str]:

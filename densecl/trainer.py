@@ -228,7 +228,8 @@ def step_seed(seed: int, step: int) -> int:
         seed: seed of the run
         step: steps done
     """
-    # torch keeps 32 bits; the prime is larger than the number of steps of a run
+    # torch keeps 32 bits; 16_777_259 is larger than the number of steps of a run, so two ranks
+    # have no seed in common
     return seed * 1_000_003 + step + distributed.rank() * 16_777_259
 
 
