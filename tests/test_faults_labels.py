@@ -9,11 +9,12 @@ from PIL import Image
 
 from densecl.data.labels import SegmentationDataset, class_lookup_table, open_segmentation
 from densecl.data.lists import find_voc_root, voc_images
-from densecl.data.sources import list_source
+from densecl.data.sources import coco_source, list_source
 from densecl.detect.boxes import open_detection
 from densecl.evaluate.__main__ import main as evaluate
 from densecl.evaluate.classification import open_multi_label, open_single_label
 from densecl.evaluate.features import open_images
+from densecl.evaluate.keypoints import find_keypoint_file
 from densecl.runtime.io import UsageError
 from densecl.segment.__main__ import SegmentConfig, hints, open_splits
 from densecl.segment.__main__ import main as segment
@@ -274,7 +275,7 @@ def test_wrong_boxes_are_one_line(base):
     for old, new, reason in (
         ("wall", "door", "'door' is none of the 2 classes"),
         ("<xmin>2</xmin>", "", "the wall has no bndbox of four numbers"),
-        ("</annotation>", "", "Annotations/x.xml: no element found"),
+        ("</annotation>", "", "Annotations/x.xml: no XML \\(no element found"),
     ):
         path.write_text(text.replace(old, new))
         for reader in (open_single_label, open_multi_label):
@@ -302,3 +303,46 @@ def test_a_run_from_before_void_existed_continues(base, tmp_path):
     segment(line)
     with pytest.raises(UsageError, match="void 255 "):
         segment([*line, "--void", "2"])
+
+
+def set_box(base, name, corners):
+    """Write the annotation of an image of 64 x 48 with one box, corners as in VOC."""
+    keys = ("xmin", "ymin", "xmax", "ymax")
+    box = "".join(f"<{key}>{value}</{key}>" for key, value in zip(keys, corners))
+    size = "<size><width>64</width><height>48</height></size>"
+    text = f"<object><name>cell</name><bndbox>{box}</bndbox></object>"
+    (base / f"Annotations/{name}.xml").write_text(f"<annotation>{size}{text}</annotation>")
+
+
+def test_a_crop_has_the_stored_pixels_of_its_box(base):
+    """VOC counts from 1 with the last pixel inside, and boxes ignore the EXIF orientation."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[4:44, 20:60] = (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(base / "JPEGImages/x.jpg", quality=100, subsampling=0, exif=exif)
+    set_box(base, "x", (21, 5, 60, 44))
+    images = {image.open.args[0].stem: image for image in open_single_label(base).train}
+    crop = np.asarray(images["x"].open())
+    assert crop.shape == (40, 40, 3) and crop[..., 0].min() > 200 and crop[..., 1].max() < 60
+
+
+@pytest.mark.parametrize("corners", [(500, 1, 600, 40), (1, 1, 30_000, 40), (40, 5, 4, 44)])
+def test_an_unusable_box_is_left_out_of_the_crops(base, corners, capsys):
+    set_box(base, "x", corners)
+    images = open_single_label(base).train
+    assert "x" not in {image.open.args[0].stem for image in images} and len(images) == 5
+    assert "1 of 6 annotations are left out" in capsys.readouterr().err
+
+
+def test_a_json_named_from_its_own_folder_finds_its_images(tmp_path, monkeypatch):
+    images = tmp_path / "val2017"
+    images.mkdir()
+    (tmp_path / "annotations").mkdir()
+    Image.new("RGB", (64, 48)).save(images / "a.jpg")
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": []}
+    (tmp_path / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    (tmp_path / "annotations/person_keypoints_val2017.json").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path / "annotations")
+    assert len(coco_source("instances_val2017.json")) == 1
+    assert find_keypoint_file("person_keypoints_val2017.json")[1] == images

@@ -11,6 +11,7 @@ __all__ = ['TRAIN_PHOTOS', 'HELD_OUT_PHOTOS', 'BUILTIN_PHOTOS', 'PHOTOS', 'FOLDE
            'past_image_hints', 'BatchSampler']
 
 # %% ../../nbs/data/05_dataset.ipynb #c004
+import glob
 import os
 import re
 import shlex
@@ -90,6 +91,10 @@ class TileSource(ImageSource):
         """
         name, y, x = self.corners[index]
         return f"{name} y{y} x{x}"
+
+    def checksum(self, index: int) -> str:
+        """Always "-": the embedded photographs are a part of the package."""
+        return "-"
 
     def read(self, index: int) -> np.ndarray:
         """The pixels of a tile: tile x tile x 3 uint8.
@@ -248,6 +253,9 @@ class SubsetSource(ImageSource):
 
     def label(self, index: int) -> str:
         return self.source.label(int(self.indices[index]))
+
+    def checksum(self, index: int) -> str:
+        return self.source.checksum(int(self.indices[index]))
 
     def prefetch(self, indices: Sequence[int]) -> None:
         self.source.prefetch(self.indices[list(indices)])
@@ -420,7 +428,8 @@ def sample_groups(source: ImageSource, samples: int = 24) -> list[GroupSample]:
 def find_few_colors(samples: list[GroupSample]) -> tuple[int, str, list[str]] | None:
     """The estimated number of images with few colors, one name, and patterns to exclude them.
 
-    The result is None if fewer than two images of the sample have few colors.
+    The result is None if fewer than two images of the sample have few colors. There is a pattern
+    for a group if all images of its sample have few colors.
 
     Args:
         samples: result of `sample_groups`
@@ -428,9 +437,9 @@ def find_few_colors(samples: list[GroupSample]) -> tuple[int, str, list[str]] | 
     examples = [name for sample in samples for name in sample.names(True)]
     if len(examples) < 2:
         return None
-    found = [sample.group for sample in samples if sample.names(True)]
-    other = [sample.group for sample in samples if not sample.names(True)]
-    patterns = [pattern for group in found if (pattern := group_pattern(group, other))]
+    masks = [sample for sample in samples if sample.names(True) and not sample.names(False)]
+    kept = [name for sample in samples if sample not in masks for name in sample.results]
+    patterns = [p for sample in masks if kept and (p := group_pattern(sample.group, kept))]
     return sum(sample.estimate(True) for sample in samples), examples[0], patterns
 
 
@@ -453,18 +462,18 @@ def corrupt_hint(source: ImageSource, samples: list[GroupSample]) -> str:
     )
 
 # %% ../../nbs/data/05_dataset.ipynb #c067j
-def group_pattern(group: tuple[str, str], other: list[tuple[str, str]]) -> str:
-    """A pattern that matches a group and no other group; empty if there is none.
+def group_pattern(group: tuple[str, str], kept: list[str]) -> str:
+    """A pattern that matches a group and no image of the others; empty if there is none.
 
     Args:
         group: (folder, ending), see `group_names`
-        other: the other groups
+        kept: names of images of the other groups
     """
-    folder, ending = group
-    if folder and not any((kept + "/").startswith(folder + "/") for kept, _ in other):
-        return folder
-    if ending.strip("#") and ending not in {kept for _, kept in other} | {""}:
-        return "*" + ending.replace("#", "*")
+    folder, ending = map(glob.escape, group)
+    ending = re.sub(r"\*+", "*", "*" + ending.replace("#", "*")) if ending.strip("#") else ""
+    for pattern in (folder, ending):
+        if pattern and "," not in pattern and not any(map(NamePatterns(pattern), kept)):
+            return pattern
     return ""
 
 # %% ../../nbs/data/05_dataset.ipynb #c068

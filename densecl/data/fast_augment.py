@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..augment import AugmentConfig, TwoViews, ViewParams
-from .decode import MAX_PIXELS, decode_image
+from . import decode
+from .decode import decode_image
 from .sources import ImageSource
 
 # %% ../../nbs/data/07_fast_augment.ipynb #c006
@@ -95,7 +96,7 @@ def decode_jpeg(raw: bytes, buffer: DecodeBuffer | None = None) -> np.ndarray | 
     """
     with suppress(Exception):  # an irregular file raises errors of many types
         height, width, colors, _ = simplejpeg.decode_jpeg_header(raw)
-        if colors not in ("YCbCr", "RGB", "Gray") or height * width > MAX_PIXELS:
+        if colors not in ("YCbCr", "RGB", "Gray") or height * width > decode.MAX_PIXELS:
             return None
         if not is_upright(raw):
             return None

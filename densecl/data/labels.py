@@ -100,20 +100,20 @@ def read_mask_values(raw: bytes | np.ndarray, name: str) -> np.ndarray:
     name = one_line(name)
     try:
         image = Image.open(io.BytesIO(raw), formats=("PNG", "BMP", "TIFF", "GIF", "JPEG"))
-        values = np.asarray(image)
+        scale = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)  # of grays of 2 and 4 bits
+        values = np.asarray(image) // np.uint8(scale)
     except Exception as e:
         raise UsageError(
-            f"{name}: a mask that cannot be read ({type(e).__name__}); "
-            "it needs a PNG of class numbers"
+            f"{name}: a mask that cannot be read ({type(e).__name__}); needs a PNG of class numbers"
         ) from e
-    if values.ndim != 2 or image.format == "JPEG":
+    if values.ndim != 2 or values.dtype.kind == "f" or image.format == "JPEG":
         raise UsageError(
             f"{name}: a mask must be a gray or palette PNG that contains class numbers; "
             f"this is {image.format}, mode {image.mode}"
         )
-    largest = values.max(initial=0)
-    if largest > 255:
-        raise UsageError(f"{name}: contains {largest}; class numbers go to 254, and 255 is void")
+    wrong = values[(values < 0) | (values > 255)]
+    if wrong.size:
+        raise UsageError(f"{name}: contains {wrong[0]}; class numbers go to 254, and 255 is void")
     return values.astype(np.uint8)
 
 # %% ../../nbs/data/06_labels.ipynb #c014

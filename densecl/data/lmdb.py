@@ -208,6 +208,15 @@ class LmdbSource(ImageSource):
         """
         return self.info(index)["label"]
 
+    def checksum(self, index: int) -> str:
+        """As of the source, from the record; "-" if the images have been resized.
+
+        Args:
+            index: 0 .. len - 1
+        """
+        resized = self.metadata.get("short_side")
+        return "-" if resized else f"{self.info(index)['crc32']:08x}"
+
     def read(self, index: int) -> bytes:
         """The bytes of an image; raises `OSError` if they differ from those that were written.
 

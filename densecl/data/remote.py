@@ -12,6 +12,8 @@ import hashlib
 import io
 import os
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -273,7 +275,7 @@ def load_remote_index(url: str) -> ShardIndex:
         if arrays.pop("stamp").tolist() != [str(stamp[0]), stamp[1]]:
             raise UsageError(f"--data-root {one_line(url)}: changed since its index; {remedy}")
         return index_from_arrays(arrays)
-    except (ValueError, KeyError, OSError, EOFError):
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
         raise UsageError(f"--data-root {one_line(url)}: damaged index; {remedy}") from None
 
 # %% ../../nbs/data/04b_remote.ipynb #c032

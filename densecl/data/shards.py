@@ -196,7 +196,7 @@ def shard_paths(root: Path | str) -> list[Path]:
             raises `UsageError` for a range of more than `MAX_SHARDS`
     """
     if Path(root).is_dir():
-        return sorted(Path(root).glob("*.tar"))
+        return sorted(path for path in Path(root).glob("*.tar") if path.name[0] != ".")
     return [Path(path) for path in expand_range(str(root))]
 
 # %% ../../nbs/data/04_shards.ipynb #c027
@@ -209,9 +209,10 @@ def is_shard_folder(root: Path | str) -> bool:
     has_archives = False
     with os.scandir(root) as entries:
         for entry in entries:
+            if entry.name.startswith("."):  # macOS writes ._0.tar beside 0.tar
+                continue
             has_archives |= entry.name.endswith(".tar")
-            is_folder = os.path.isdir(entry.path) and not entry.name.startswith(".")
-            if is_image_file(entry.name) or is_folder:
+            if is_image_file(entry.name) or os.path.isdir(entry.path):
                 return False
     return has_archives
 

@@ -16,6 +16,7 @@ import stat
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -113,6 +114,18 @@ class ImageSource(_UndecodedImages):
             size: (width, height) according to the labels; None if unknown
         """
         return decode_labeled_image(self.fetch(index), self.name(index), size)
+
+    def checksum(self, index: int) -> str:
+        """CRC-32 of what `read` returns, 8 hex digits; "-" if it is unreadable.
+
+        Args:
+            index: 0 .. len - 1
+        """
+        try:
+            raw = self.read(index)
+        except (OSError, ValueError, TypeError):
+            return "-"
+        return f"{zlib.crc32(raw if isinstance(raw, bytes) else np.ascontiguousarray(raw)):08x}"
 
     def load_or_replace(
         self, index: int, rng: np.random.Generator, tries: int = 50
@@ -565,7 +578,8 @@ def coco_source(path: Path | str, images: Path | str | None = None) -> FileSourc
     names = coco_file_names(path)
     if not len(names):
         raise UsageError(f"--data-root {path}: its list `images` is empty")
-    images = Path(images) if images else path.parent.parent / path.stem.split("_")[-1]
+    beside = Path(os.path.abspath(path)).parent.parent  # of a relative "a.json" it would be "."
+    images = Path(images) if images else beside / path.stem.split("_")[-1]
     if not os.path.exists(images / names[0]):
         first = one_line(names[0])
         raise UsageError(f"--data-root {path}: its first image {first} is not in {images}")

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
@@ -32,7 +31,8 @@ from ..data.decode import one_line
 from ..data.labels import require_files
 from ..data.lists import voc_images, voc_object_classes
 from ..data.sources import FileSource, ImageSource, progress_bar
-from ..runtime.io import UsageError, did_you_mean
+from ..data.voc import read_voc_annotation
+from ..runtime.io import UsageError
 
 # %% ../../nbs/detect/00_boxes.ipynb #c009
 class ImageBoxes(NamedTuple):
@@ -132,49 +132,7 @@ class DetectionDataset:
             )
         return image, labels
 
-# %% ../../nbs/detect/00_boxes.ipynb #c015
-def _read_xml(path: Path) -> ElementTree.Element:
-    """The root of an XML file; raises `UsageError`."""
-    try:
-        return ElementTree.fromstring(path.read_bytes())
-    except OSError:
-        raise UsageError(f"{one_line(path)}: the labels of the image are missing") from None
-    except (ElementTree.ParseError, ValueError, LookupError) as e:  # an unknown encoding
-        raise UsageError(
-            f"{one_line(path)}: no XML ({one_line(e)}); "
-            "in VOC the boxes of an image are in an XML file"
-        ) from None
-
-# %% ../../nbs/detect/00_boxes.ipynb #c015j
-def _voc_object(element: ElementTree.Element, classes: Sequence[str], path: Path) -> tuple:
-    """(box, label, difficult, crowd, outline) of an object; raises `UsageError`."""
-    name = element.findtext("name", "").strip()
-    if name not in classes:
-        raise UsageError(
-            f"{one_line(path)}: {one_line(name)!r} is none of the {len(classes)} classes"
-            f"{did_you_mean(name, classes)}; "
-            "other classes are listed in classes.txt, one per line, beside JPEGImages"
-        )
-    try:
-        corners = ("xmin", "ymin", "xmax", "ymax")
-        x1, y1, x2, y2 = (float(element.findtext(f"bndbox/{corner}")) for corner in corners)
-    except (TypeError, ValueError):
-        raise UsageError(
-            f"{one_line(path)}: the {name} has no bndbox of four numbers xmin, ymin, xmax, ymax"
-        ) from None
-    difficult = (element.findtext("difficult") or "0").strip() == "1"
-    return (x1 - 1, y1 - 1, x2, y2), classes.index(name) + 1, difficult, False, None
-
 # %% ../../nbs/detect/00_boxes.ipynb #c016
-def _voc_size(root: ElementTree.Element, path: Path) -> tuple[int, int] | None:
-    """(width, height) of the image according to its labels, or None; raises `UsageError`."""
-    try:
-        width, height = (int(float(root.findtext(f"size/{k}") or 0)) for k in ("width", "height"))
-    except (ValueError, OverflowError):
-        raise UsageError(f"{one_line(path)}: the size is not two numbers of pixels") from None
-    return (width, height) if width > 0 and height > 0 else None
-
-
 def read_voc_xml(
     path: Path | str, classes: Sequence[str], skipped: SkippedAnnotations | None = None
 ) -> ImageBoxes:
@@ -185,19 +143,17 @@ def read_voc_xml(
         classes: names of the classes 1, 2, ...
         skipped: objects with an unusable box are added to it and left out
     """
-    path = Path(path)
-    root = _read_xml(path)
-    size, objects = _voc_size(root, path), []
-    for element in root.iter("object"):
-        parsed = _voc_object(element, classes, path)
+    path, objects = Path(path), []
+    annotation = read_voc_annotation(path, classes)
+    for label, box, difficult in annotation.objects:
         try:
-            check_box(parsed[0], size)
+            check_box(box, annotation.size)
         except UnusableAnnotation as e:
             if skipped:
                 skipped.add(e, path.name)
             continue
-        objects.append(parsed)
-    return make_image_boxes(path.stem, size, objects)
+        objects.append((box, label, difficult, False, None))
+    return make_image_boxes(path.stem, annotation.size, objects)
 
 # %% ../../nbs/detect/00_boxes.ipynb #c021
 # of the paper; train: 16,551 images, val: 4,952 images

@@ -65,6 +65,8 @@ def check_ranges(args: dict) -> None:
     for name in ("limit", "seed"):
         if args[name] < 0:
             raise UsageError(f"{option_name(name)} {args[name]}: must not be below 0")
+    if args["seed"] >= 2**63:
+        raise UsageError(f"--seed {args['seed']}: must be below 2^63")
     if not 0 <= args.get("void", 0) <= 255:
         raise UsageError(f"--void {args['void']}: must be a value of a mask, 0 to 255")
     if args["device"] == "cuda" and not torch.cuda.is_available():

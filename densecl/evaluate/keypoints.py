@@ -131,7 +131,7 @@ def find_keypoint_file(root: Path | str) -> tuple[Path, Path]:
             f"--data-root {root}: no keypoints; give a COCO keypoint .json, or a folder with "
             "annotations/person_keypoints_val2017.json"
         )
-    path = files[0]
+    path = files[0].absolute()  # the folder of a relative "a.json" would have no parent
     year = path.stem.split("_")[-1]  # person_keypoints_val2017 -> val2017
     folders = (path.parent / "JPEGImages", path.parent.parent / year, path.parent)
     return path, next(folder for folder in folders if folder.is_dir())

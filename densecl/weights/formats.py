@@ -339,7 +339,10 @@ def write_state_dict(
         for key, value in state_dict.items()
     }
     if export_format == "detectron2":
-        arrays = {to_detectron2_key(key): value.numpy() for key, value in tensors.items()}
+        arrays = {  # NumPy has no bfloat16
+            to_detectron2_key(key): (t.float() if t.dtype == torch.bfloat16 else t).numpy()
+            for key, t in tensors.items()
+        }
         content = dump_pickle(
             {"model": arrays, "__author__": "densecl", "matching_heuristics": True}
         )

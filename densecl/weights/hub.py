@@ -145,11 +145,13 @@ def _check_hash(file: Path, expected: str, name: str) -> None:
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Let one process at a time into the block; without effect where folders cannot be locked."""
+    if not fcntl:  # Windows, where a folder cannot be opened either
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl:
-            with suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
