@@ -157,13 +157,18 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     return state
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c030
-def load_newest(folder: Path | str, warn: Callable[[str], None]) -> dict[str, Any] | None:
+def load_newest(
+    folder: Path | str,
+    warn: Callable[[str], None],
+    remedy: str = "give another --out, or --resume never to start from scratch",
+) -> dict[str, Any] | None:
     """Load last.pt or the newest numbered checkpoint that is not damaged; None if there is none.
 
     Args:
         folder: a run folder, which may not exist; raises `UsageError` if all of its checkpoints
             are damaged
         warn: function that is called with one line if an older checkpoint is used
+        remedy: what to do if all are damaged, the end of the error message
     """
     last = Path(folder) / "last.pt"
     numbered = numbered_checkpoints(folder)[::-1]
@@ -179,10 +184,7 @@ def load_newest(folder: Path | str, warn: Callable[[str], None]) -> dict[str, An
         return state
     if not problems:
         return None
-    raise UsageError(
-        f"--out {folder}: its checkpoints cannot be read ({problems[0]}); "
-        "give another --out, or --resume never to start from scratch"
-    )
+    raise UsageError(f"--out {folder}: its checkpoints cannot be read ({problems[0]}); {remedy}")
 
 # %% ../../nbs/runtime/03_checkpoint.ipynb #c034
 def check_same_run(

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .io import RunError, UsageError, launch
+from .io import RunError, UsageError, counted, launch
 
 # %% ../../nbs/runtime/01_distributed.ipynb #c005
 _alone = False  # inside `without_peers`
@@ -106,7 +106,7 @@ def check_gpu_count(processes: int, gpus: int) -> None:
     if gpus < processes:
         fewer = f"or --nproc_per_node={gpus}" if gpus else "or a machine with a GPU"
         raise UsageError(
-            f"--device cuda: {gpus} CUDA devices for {processes} process"
+            f"--device cuda: {counted(gpus, 'CUDA device')} for {processes} process"
             f"{'es' * (processes > 1)}; use --device cpu, {fewer}"
         )
 
@@ -290,7 +290,7 @@ def raise_on_all_ranks() -> Iterator[None]:
     except UsageError as e:
         error = e
     text = f"{error.status} {error}" if error else ""
-    message = bytearray(text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES))
+    message = bytearray(text.encode(errors="backslashreplace")[:MESSAGE_BYTES].ljust(MESSAGE_BYTES))
     messages = all_gather(torch.frombuffer(message, dtype=torch.uint8)[None])  # R x 1000
     texts = [bytes(row).decode(errors="ignore").strip() for row in messages.tolist()]
     failed = [number for number, text in enumerate(texts) if text]

@@ -234,6 +234,8 @@ MACHINE_ERRORS = {
     r"worker.*Bus error|out of shared memory|</?torch_|unable to.* shared memory": "the batches "
     "of the workers do not fit into shared memory (/dev/shm); "
     f"give a container more (docker run --shm-size=8g), or {_WORKERS}",
+    r"No space left|quota exceeded|File too large|PytorchStreamWriter failed": "the disk is full, "
+    "or a file may not grow (ulimit -f); free some space and start the same command again",
     r"DataLoader worker.*(killed|exited)": "a worker process has ended, perhaps because memory "
     f"ran out; start the same command again, or {_WORKERS}",
     r"DataLoader timed out": "the worker processes hang; check the disk that holds the data",
@@ -316,6 +318,9 @@ def run_command(main: Callable[[list[str]], None], argv: list[str] | None = None
     except UsageError as e:
         _print_error(e)
         sys.exit(e.status)
+    except KeyboardInterrupt:
+        _print_error(UsageError("interrupted"))
+        sys.exit(130)
     except (OSError, RuntimeError, MemoryError) as e:
         error = machine_error(e)
         if error is None:

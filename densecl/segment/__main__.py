@@ -276,6 +276,8 @@ def validate_segment(config: SegmentConfig) -> None:
     require_package("torchmetrics", "mIoU")
     if config.crop_size < 32:
         raise UsageError(f"--crop-size {config.crop_size}: must be at least 32 pixels")
+    if 0 < config.short_side < 32:
+        raise UsageError(f"--short-side {config.short_side}: must be 0 or at least 32 pixels")
     if not 0 <= config.void <= VOID:
         raise UsageError(f"--void {config.void}: must be a value of a mask, 0 to 255")
 

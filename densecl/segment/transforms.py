@@ -159,7 +159,7 @@ class SegmentationCrops(Dataset):
         image, mask = image[rows, columns], mask[rows, columns]
         if rng.random() < 0.5:
             image, mask = image[:, ::-1], mask[:, ::-1]
-        return self.distort(np.ascontiguousarray(image), rng), np.ascontiguousarray(mask)
+        return self.distort(image.copy(), rng), mask.copy()
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         epoch, position, index = key

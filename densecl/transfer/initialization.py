@@ -190,6 +190,8 @@ def validate_transfer(
             f"--batch-size {config.batch_size}: must be a multiple of the {world_size} processes, "
             f"such as {fits}"
         )
+    if not config.out:
+        raise UsageError("--out is empty; give a folder, such as runs/segment")
     check_output_folder(config.out)
 
 # %% ../../nbs/transfer/00_initialization.ipynb #c011j

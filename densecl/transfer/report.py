@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..runtime.io import counted
 from .initialization import CHANGEABLE_FIELDS, TransferConfig
 
 # %% ../../nbs/transfer/02_report.ipynb #c005
@@ -98,7 +99,7 @@ def _own_row(summary: dict[str, Any], scores: Iterable[str]) -> list[str]:
 def _footer(summary: dict[str, Any], has_paper: bool, comparable: bool) -> str:
     """What the numbers are, and whether the two kinds of rows can be compared."""
     trials, config = summary["trials"], summary["config"]
-    ours = f"ours: {trials} trial{'s' if trials > 1 else ''}, ± one standard deviation"
+    ours = f"ours: {counted(trials, 'trial')}" + ", ± one standard deviation" * (trials > 1)
     if not has_paper:
         return ours
     note = "the paper's protocol on the paper's data"

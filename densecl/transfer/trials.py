@@ -26,12 +26,9 @@ from tqdm import tqdm
 from ..data.dataset import BatchSampler
 from ..resume import check_same_on_all_ranks
 from ..runtime import distributed
-from densecl.runtime.checkpoint import (
-    MetricsLog,
-    load_checkpoint,
-    save_checkpoint,
-)
+from ..runtime.checkpoint import MetricsLog, load_newest, save_checkpoint
 from ..runtime.io import RunError, UsageError, atomic_write, lock_folder, strict_json
+from ..runtime.signals import StopSignal, raise_stopped
 from ..runtime.workers import iter_batches, worker_options
 from densecl.transfer.initialization import (
     InitialWeights,
@@ -99,10 +96,9 @@ class Trial:
         return f"step {saved['step']}" if saved else "not begun"
 
     def _load_checkpoint(self) -> dict[str, Any] | None:
-        if not (self.folder / "last.pt").exists():
-            return None
-        saved = load_checkpoint(self.folder / "last.pt")
-        self.check_identity(saved)
+        saved = load_newest(self.folder, self.message, "delete it to train the trial again")
+        if saved:
+            self.check_identity(saved)
         return saved
 
     def save_result(self, scores: dict[str, Any]) -> dict[str, Any]:
@@ -135,13 +131,16 @@ class Trial:
         return saved["step"]
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Write a checkpoint in place of the previous one.
+        """Write a checkpoint; the one before it is kept, too.
 
         Args:
-            step: steps done
+            step: steps done; raises `RunError` on all ranks when a weight is not finite
             model: the model, not wrapped
             optimizer: its optimizer
         """
+        if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+            text = f"trial {self.number}: a weight is not finite after step {step}"
+            raise RunError(f"{text}; try a lower --lr" if self.is_main else "")
         if not self.is_main:
             return
         state = {
@@ -199,10 +198,15 @@ def trial_loader(
 class TrialLog:
     """A context that logs a trial's mean losses to metrics.jsonl and a progress bar, on rank 0.
 
+    It records signals, so that the trial can stop after a checkpoint.
+
     Args:
         trial: the trial
         first: steps already done
         last: steps of the training
+
+    Attributes:
+        stopping: whether the trial must stop because of a signal
     """
 
     def __init__(self, trial: Trial, first: int, last: int) -> None:
@@ -210,29 +214,48 @@ class TrialLog:
         self.first = first
         self.last = last
         self.losses: list[dict[str, Tensor]] = []  # since the last row
+        self.stopping = False
 
     def __enter__(self):
         self.stack = ExitStack()
+        self.stop_signal = self.stack.enter_context(StopSignal())
         if self.trial.is_main:
             self.trial.folder.mkdir(parents=True, exist_ok=True)
             self.metrics = self.stack.enter_context(
                 closing(MetricsLog(self.trial.folder, self.first))
             )
-            name = f"trial {self.trial.number}"
-            bar = tqdm(
-                total=self.last, initial=self.first, unit="step", dynamic_ncols=True, desc=name
-            )
+            style = {"unit": "step", "dynamic_ncols": True, "desc": f"trial {self.trial.number}"}
+            bar = tqdm(total=self.last, initial=self.first, **style)
             self.progress = self.stack.enter_context(bar)
             if self.first:
                 self.trial.message(f"resumed at step {self.first}")
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.stack.close()
+        self.stack.__exit__(*error)
 
     def add(self, losses: dict[str, Tensor]) -> None:
         """Remember the losses of a step: name -> scalar."""
         self.losses.append({name: loss.detach() for name, loss in losses.items()})
+
+    def end_step(
+        self, step: int, lr: float, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Write the row and the checkpoint that are due; a signal makes them due.
+
+        Args:
+            step: steps done
+            lr: learning rate of the step
+            model: the model, not wrapped
+            optimizer: its optimizer
+        """
+        config = self.trial.config
+        self.stopping = self.stop_signal.any_rank() and step < self.last
+        saves = self.stopping or step == self.last or step % config.save_every == 0
+        if saves or step % config.log_every == 0:
+            self.write_row(step, lr)
+        if saves:
+            self.trial.save(step, model, optimizer)
 
     def write_row(self, step: int, lr: float) -> None:
         """Write the means since the last row, over all ranks.
@@ -281,6 +304,8 @@ def train_trial(
 ) -> None:
     """Train for config.max_steps steps, from the checkpoint if there is one.
 
+    A signal ends it with `RunStopped` after a checkpoint, see `runtime.signals`.
+
     Args:
         trial: the trial
         model: on its device; left in train mode
@@ -292,8 +317,7 @@ def train_trial(
         device: the device of this process
         frozen: modules that stay in eval mode, so that their BN keeps its statistics
     """
-    config = trial.config
-    first, last = trial.restore(model, optimizer), config.max_steps
+    first, last = trial.restore(model, optimizer), trial.config.max_steps
     model.train()
     for module in frozen:
         module.eval()
@@ -307,10 +331,11 @@ def train_trial(
             losses = compute_losses(forward, batch)
             _update(optimizer, lr, losses)
             log.add(losses)
-            if step % config.log_every == 0 or step == last:
-                log.write_row(step, lr)
-            if step % config.save_every == 0 or step == last:
-                trial.save(step, model, optimizer)
+            log.end_step(step, lr, model, optimizer)
+            if log.stopping:
+                break
+    if log.stopping:
+        raise_stopped(log.stop_signal.received, step, trial.folder)
     distributed.broadcast_(model.buffers())
 
 # %% ../../nbs/transfer/01_trials.ipynb #c027
