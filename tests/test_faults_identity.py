@@ -5,8 +5,12 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tarfile
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -391,3 +395,34 @@ def test_the_index_of_a_shard_is_not_that_of_another_one_of_the_same_size_and_ti
     assert open_source("set.tar").name(0) == "set.tar/one.jpg"
     os.replace("two.tar", "set.tar")
     assert open_source("set.tar").name(0) == "set.tar/two.jpg"
+
+
+def start_segment(limit=""):
+    """A transfer in a process of its own, `out`; `limit`: commands of the shell before it."""
+    words = shlex.join([sys.executable, "-m", "densecl.segment", *map(str, SEGMENT)])
+    words = f"{limit} exec {words} --max-steps 300 --save-every 20 --log-every 2"
+    return subprocess.Popen(["sh", "-c", words], stderr=subprocess.PIPE, text=True)
+
+
+def test_a_full_disk_ends_a_transfer_with_one_line():
+    make_tree(Path("A"), 0)
+    process = start_segment("ulimit -f 200;")
+    text = process.communicate(timeout=300)[1]
+    assert process.returncode == 1 and "Traceback" not in text, text
+    (line,) = [line for line in text.splitlines() if line.startswith("densecl: the disk is full")]
+    assert "File too large" in line and "free some space" in line
+
+
+def test_a_signal_ends_a_transfer_after_a_checkpoint():
+    make_tree(Path("A"), 0)
+    process = start_segment()
+    end = time.monotonic() + 200
+    while not Path("out/trial-0/metrics.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    while not Path("out/trial-0/metrics.jsonl").read_text() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=100)[1]
+    assert process.returncode == 75 and "Traceback" not in text, text
+    step = torch.load("out/trial-0/last.pt", weights_only=True)["step"]
+    assert f"stopped after step {step}" in text and step >= 2
