@@ -54,6 +54,15 @@ def _read_xml(path: Path) -> ElementTree.Element:
         ) from None
 
 
+def _voc_size(root: ElementTree.Element, path: Path) -> tuple[int, int] | None:
+    """(width, height) of the image, or None; raises `UsageError`."""
+    try:
+        width, height = (int(float(root.findtext(f"size/{k}") or 0)) for k in ("width", "height"))
+    except (ValueError, OverflowError):
+        raise UsageError(f"{one_line(path)}: the size is not two numbers of pixels") from None
+    return (width, height) if width > 0 and height > 0 else None
+
+# %% ../../nbs/data/06b_voc.ipynb #c009o
 def _voc_object(element: ElementTree.Element, classes: Sequence[str], path: Path) -> VocObject:
     """An object of an annotation file; raises `UsageError`."""
     name = element.findtext("name", "").strip()
@@ -72,15 +81,6 @@ def _voc_object(element: ElementTree.Element, classes: Sequence[str], path: Path
         ) from None
     difficult = (element.findtext("difficult") or "0").strip() == "1"
     return VocObject(classes.index(name) + 1, (x1 - 1, y1 - 1, x2, y2), difficult)
-
-
-def _voc_size(root: ElementTree.Element, path: Path) -> tuple[int, int] | None:
-    """(width, height) of the image, or None; raises `UsageError`."""
-    try:
-        width, height = (int(float(root.findtext(f"size/{k}") or 0)) for k in ("width", "height"))
-    except (ValueError, OverflowError):
-        raise UsageError(f"{one_line(path)}: the size is not two numbers of pixels") from None
-    return (width, height) if width > 0 and height > 0 else None
 
 # %% ../../nbs/data/06b_voc.ipynb #c010
 def read_voc_annotation(path: Path | str, classes: Sequence[str]) -> VocAnnotation:
